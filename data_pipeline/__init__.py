@@ -1,0 +1,1 @@
+"""Captioned pictures -> hashtags -> synsets -> a shard set on disk. Never imports torch."""

@@ -1,0 +1,1 @@
+"""Evaluators and the report: a run folder -> results.jsonl -> one HTML page."""

@@ -1,0 +1,1 @@
+"""Loader, models, objectives, stages, trainer and checkpoints: a shard set -> a run folder."""
