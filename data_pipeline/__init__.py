@@ -1,1 +1,1 @@
-"""Captioned pictures -> hashtags -> synsets -> a shard set on disk. Never imports torch."""
+"""Captioned pictures -> hashtags -> noun synsets -> shards of images, labels and repeat factors."""
