@@ -1,17 +1,19 @@
 """What every test can rely on: one thread per process, no network, and marks that skip themselves.
 
-    make test                   # quick tests
-    make test-all               # slow ones too
-    make test ARGS='-k wsp'     # some
+make test                   # quick tests
+make test-all               # slow ones too
+make test ARGS='-k wsp'     # some
 """
 
 import os
 import socket
 
-# Before torch or numpy is imported: a 2-rank test must not start 2 x cores threads, and idle OpenMP threads must not spin.
+# Before torch or numpy is imported: 2 ranks must not start 2 x cores threads, and idle OpenMP threads must not spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns when a process forks after using its threads
+os.environ.setdefault(
+    "TOKENIZERS_PARALLELISM", "false"
+)  # tokenizers warns when a process forks after using its threads
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub for weights fails at once, on every machine alike
 os.environ["MPLBACKEND"] = "Agg"
 

@@ -111,7 +111,7 @@ def test_only_entry_points_and_tests_import_the_main_job():
 
 
 def test_no_module_beside_train_py_has_the_name_of_a_standard_module():
-    """`maws/` is first on the path when maws/train.py runs as a script: maws/logging.py would replace the standard one."""
+    """`maws/` is first on the path when maws/train.py runs: maws/logging.py would replace the standard one."""
     beside = {path.stem for path in (ROOT / "maws").glob("*.py")} | {
         path.name for path in (ROOT / "maws").iterdir() if path.is_dir()
     }
@@ -150,7 +150,9 @@ def test_an_import_inside_a_function_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     path = tmp_path / "maws" / "models" / "vit.py"
     path.parent.mkdir(parents=True)
-    path.write_text("def f():\n    from maws.trainer import train\n    from ..objectives import x\n    import eval.metrics\n")
+    path.write_text(
+        "def f():\n    from maws.trainer import train\n    from ..objectives import x\n    import eval.metrics\n"
+    )
     seen = dict(imports(path))
     assert seen["maws.trainer"] == 2
     assert seen["maws.objectives.x"] == 3

@@ -1,0 +1,344 @@
+"""One self-contained HTML page from a folder of runs: what was trained on what, and how well it does.
+
+    python -m eval report runs/demo [--output FILE]
+
+Reads run folders, results.jsonl and the shard set; draws with matplotlib, fills pages/report.html.j2. What is missing
+becomes a line that says which command makes it. The page needs no network, no script and no other file.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+from markupsafe import Markup
+
+from data_pipeline.errors import DataError, UserError
+from data_pipeline.files import write_bytes
+from data_pipeline.shardset import ShardSet
+from eval import figures, report_samples
+from eval.report_runs import Folder, Run, open_shards, read_folder
+from eval.report_scores import DRAWS, IMAGES, SEEDS, Row, ScoreTable, score_table, verdict
+from eval.results import Result
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "deepspeed", "timm", "transformers", "nltk", "pyarrow", "numpy", "pillow")
+SAMPLES, RECONSTRUCTIONS, GUESSES = 15, 8, 8  # pictures of each kind
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure, or the line that stands in its place."""
+
+    image: str | None = None
+    missing: Markup | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval report", description="One HTML page from a folder of runs.")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        print(write_report(args.folder, args.output))  # noqa: T201  the result of the command
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="folder of runs, such as runs/demo, or one run")
+    parser.add_argument("--output", type=Path, help="the page; default FOLDER/report.html")
+
+
+def write_report(folder: Path, output: Path | None = None) -> Path:
+    """Make the page and return its path. DataError when the folder holds nothing to report on."""
+    output = output or folder / "report.html"
+    page = render(folder)
+    try:
+        write_bytes(output, page.encode())
+    except OSError as error:
+        raise DataError(f"cannot write {output}: {error.strerror}; give another file with --output") from None
+    return output
+
+
+def render(path: Path) -> str:
+    """The page as text."""
+    folder = read_folder(path)
+    shards = open_shards(folder)
+    table = score_table(folder.results, [run.entrant() for run in folder.runs])
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("eval", "pages"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=_percent, thousands=lambda number: f"{number:,}", short=_short)
+    return environment.get_template("report.html.j2").render(
+        title=folder.path.resolve().name,
+        intro=introduction(folder, shards, table),
+        cards=cards(table),
+        table=table,
+        colours=figures.colours(table.columns),
+        verdict=verdict(table, _wsp_steps(folder)) if table.rows else None,
+        over={SEEDS: "", DRAWS: "d", IMAGES: "i"},
+        score_plot=_score_plot(table, path),
+        loss=_loss(folder, path),
+        histogram=_histogram(shards, path),
+        reconstruction=_optional("reconstructions", lambda: _reconstructions(folder, shards, path), folder.notes),
+        zero_shot=_optional("zero-shot examples", lambda: _zero_shot(folder, path), folder.notes),
+        samples=_optional("samples", lambda: _samples(shards, path), folder.notes),
+        drops=drops(shards.manifest) if shards else None,
+        shards=shards,
+        runs=folder.runs,
+        run_rows=[provenance(run) for run in folder.runs],
+        result_hashes=_hashes(folder.results),
+        notes=list(dict.fromkeys(folder.notes)),
+        software=_software(),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+
+def introduction(folder: Folder, shards: ShardSet | None, table: ScoreTable) -> list[str]:
+    """What was trained on what, and tested on what, in sentences."""
+    sentences: list[str] = []
+    if shards:
+        sources = _sources(shards)
+        sentences.append(
+            f"The training set has {len(shards):,} captioned pictures{sources}; their hashtags gave "
+            f"{len(shards.vocabulary):,} noun synsets of WordNet."
+        )
+    by_title: dict[str, list[Run]] = {}
+    for run in folder.runs:
+        by_title.setdefault(run.title, []).append(run)
+    parts = []
+    for title, runs in by_title.items():
+        steps = sorted({run.steps for run in runs})
+        of = f" × {len(runs)} seeds" if len({run.seed for run in runs}) > 1 else ""
+        unfinished = "" if all(run.is_done for run in runs) else ", not finished"
+        parts.append(f"{title} ({'/'.join(f'{s:,}' for s in steps)} steps of its last stage{of}{unfinished})")
+    if parts:
+        model = next((m for run in folder.runs if (m := _model_words(run))), "")
+        sentences.append(f"Trained{model}: {'; '.join(parts)}.")
+    sizes = sorted({result.n for result in folder.results})
+    classes = sorted({c for r in folder.results if isinstance(c := r.config.get("num_classes"), int)})
+    if sizes:
+        of = f" of {'/'.join(map(str, classes))} classes" if classes else ""
+        sentences.append(f"Every score is measured on {'/'.join(f'{n:,}' for n in sizes)} evaluation pictures{of}.")
+    return sentences
+
+
+def _sources(shards: ShardSet) -> str:
+    inputs = shards.manifest.get("inputs")
+    return (
+        f" from {len(inputs)} input {'file' if len(inputs) == 1 else 'files'}"
+        if isinstance(inputs, list) and inputs
+        else ""
+    )
+
+
+def _model_words(run: Run) -> str:
+    model = run.config.get("model")
+    if not isinstance(model, dict) or not model.get("variant"):
+        return ""
+    size = model.get("image_size")
+    return f" (a ViT {model['variant']}" + (f" at {size} px)" if size else ")")
+
+
+def cards(table: ScoreTable) -> list[dict[str, str]]:
+    """The numbers to remember: the best of each evaluator's main metric, with how far that is from guessing."""
+    found = []
+    for evaluator, metric, words in (
+        ("linear", "top1", "linear probe, top-1"),
+        ("lowshot", "5-shot/vpt/top1", "5 per class, VPT, top-1"),
+        ("zeroshot", "top1", "zero-shot by name, top-1"),
+    ):
+        for row in table.rows:
+            if (row.evaluator, row.metric) == (evaluator, metric):
+                column = max(row.cells, key=lambda c: row.cells[c].mean)
+                times = f"{row.cells[column].mean / row.chance:.0f} × chance" if row.chance else ""
+                value = f"{100 * row.cells[column].mean:.1f} %"
+                found.append({"value": value, "words": words, "column": column, "times": times})
+    return found
+
+
+def drops(manifest: dict[str, Any]) -> list[tuple[str, int]]:
+    """Counts of the build as rows: what was read, kept, and dropped for which reason."""
+    rows: list[tuple[str, int]] = []
+
+    def walk(counts: dict[str, Any], prefix: str) -> None:
+        for name, value in counts.items():
+            words = f"{prefix}{str(name).replace('_', ' ')}"
+            if isinstance(value, dict):
+                walk(value, f"{words}: ")
+            elif isinstance(value, int) and not isinstance(value, bool):
+                rows.append((words, value))
+
+    counts = manifest.get("counts")
+    walk(counts if isinstance(counts, dict) else {}, "")
+    return rows
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """One line about a run, and its whole config."""
+    speed = run.series("train/images_per_second")[1]
+    versions = run.config.get("versions")
+    return {
+        "name": run.name,
+        "title": run.title,
+        "preset": run.config.get("preset", ""),
+        "seed": run.seed,
+        "steps": run.steps,
+        "loss": run.last("train/loss"),
+        "speed": sorted(speed)[len(speed) // 2] if speed else None,
+        "revision": str(run.config.get("revision") or ""),
+        "weights": run.weights_sha256 or "",
+        "versions": versions if isinstance(versions, dict) else {},
+        "config": json.dumps(run.config, indent=2, ensure_ascii=False, sort_keys=True),
+    }
+
+
+def _hashes(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
+    """Distinct hashes behind the scores: of data, classes, prompts. Weights stand with their run."""
+    found: dict[str, dict[str, None]] = {}
+    for result in results:
+        for name, value in result.hashes.items():
+            if name != "weights":
+                found.setdefault(name, {})[str(value)] = None
+    return [(name, list(values)) for name, values in sorted(found.items())]
+
+
+def _software() -> list[tuple[str, str]]:
+    found = [("Python", platform.python_version())]
+    for name in LIBRARIES:
+        try:
+            found.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _wsp_steps(folder: Folder) -> int | None:
+    steps = {run.steps for run in folder.runs if run.lineage in (("wsp",), ("mae", "wsp"))}
+    return steps.pop() if len(steps) == 1 else None
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f}"
+
+
+def _short(digest: str) -> str:
+    return digest[:12]
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def _missing(text: str, command: str) -> Markup:
+    return Markup("{} <code>{}</code>").format(text, command)
+
+
+def _score_plot(table: ScoreTable, path: Path) -> Figure:
+    if not table.rows:
+        command = f"python -m eval linear --run {path}/RUN --train TRAIN --data DATA --classes classes.json"
+        return Figure(missing=_missing("No results yet. An evaluation adds some:", command))
+    return Figure(figures.score_plot(plotted(table.rows), table.columns))
+
+
+def plotted(rows: Sequence[Row]) -> list[Row]:
+    """Top-1 rows; the table has the rest."""
+    return [row for row in rows if "top1" in row.metric] or list(rows)
+
+
+def _loss(folder: Folder, path: Path) -> Figure:
+    panels: dict[str, list[figures.Curve]] = {}
+    for run in folder.runs:
+        steps, values = run.series("train/loss")
+        if steps:
+            from eval.report_scores import STAGE_NAMES
+
+            panel = STAGE_NAMES.get(run.stage, run.stage)
+            panels.setdefault(panel, []).append(figures.Curve(run.title, steps, values))
+    if not panels:
+        command = f"python maws/train.py --stage mae --preset demo --run {path}/mae data.shards=SHARDS"
+        return Figure(missing=_missing("No run has logged a loss yet. Training does:", command))
+    return Figure(figures.loss_curves(panels))
+
+
+def _histogram(shards: ShardSet | None, path: Path) -> Figure:
+    if shards is None or not shards.vocabulary:
+        command = f"python -m data_pipeline build --input DIR_OR_FILES --output {path}/shards"
+        return Figure(missing=_missing("No shard set with a vocabulary was found. Building makes one:", command))
+    entries = shards.vocabulary
+    return Figure(figures.label_histogram([e.count for e in entries], [e.synset for e in entries]))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of one kind, or the line that stands in their place."""
+
+    items: Sequence[Any] = ()
+    words: str = ""
+    missing: Markup | None = None
+
+
+def _optional(what: str, make: Callable[[], Pictures], notes: list[str]) -> Pictures:
+    """A part that cannot be made must not cost the page; its reason goes on it."""
+    try:
+        return make()
+    except (UserError, OSError, ValueError, RuntimeError, KeyError) as error:
+        log.warning("warning: the report has no %s: %s", what, error)
+        notes.append(f"{what}: {error}")
+        return Pictures(missing=Markup("Could not be made: {}").format(str(error)))
+
+
+def _samples(shards: ShardSet | None, path: Path) -> Pictures:
+    if shards is None:
+        command = f"python -m data_pipeline build --input DIR_OR_FILES --output {path}/shards"
+        return Pictures(missing=_missing("No shard set was found. Building makes one:", command))
+    return Pictures(report_samples.draw(shards, SAMPLES))
+
+
+def _reconstructions(folder: Folder, shards: ShardSet | None, path: Path) -> Pictures:
+    run = next((run for stage in ("mae", "lc_mae") for run in folder.of_stage(stage) if run.is_done), None)
+    if run is None:
+        command = f"python maws/train.py --stage mae --preset demo --run {path}/mae data.shards=SHARDS"
+        return Pictures(missing=_missing("No finished MAE run yet. Training makes one:", command))
+    from eval import report_pictures
+
+    data = _evaluation_data(folder, run.name)
+    pictures = report_pictures.some_pictures(data, shards, RECONSTRUCTIONS)
+    if not pictures:
+        return Pictures(missing=Markup("Neither evaluation data nor a shard set was found to take pictures from."))
+    seen = "evaluation pictures, never trained on" if data else "training pictures"
+    return Pictures(report_pictures.reconstructions(run.folder, pictures), f"run {run.name}, {seen}")
+
+
+def _zero_shot(folder: Folder, path: Path) -> Pictures:
+    results = [result for result in folder.results if result.evaluator == "zeroshot" and result.metric == "top1"]
+    runs = {run.name: run for run in folder.runs if run.is_done}
+    result = next((result for result in reversed(results) if result.run in runs), None)
+    if result is None:
+        lit = next((run.name for run in folder.of_stage("lit")), "lit")
+        command = f"python -m eval zeroshot --run {path}/{lit} --data DATA --classes classes.json"
+        return Pictures(missing=_missing("No zero-shot result of a finished LiT run yet. This makes one:", command))
+    from eval import report_pictures
+
+    raise NotImplementedError(report_pictures)
+
+
+def _evaluation_data(folder: Folder, run: str) -> Any:
+    return None

@@ -1,0 +1,97 @@
+"""Pictures for the report that need a model: what an MAE paints, what a two-tower model says.
+
+Everything is recomputed from run folders and data on disk, on the CPU. The only file of the report that imports torch.
+Letters: B images, N patches, H W pixels, S classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data_pipeline.images import BadImage, decode
+from data_pipeline.shardset import ShardSet
+from eval.datasets import Data
+from eval.figures import png
+from maws.data.transforms import Preprocess, normalise
+from maws.release import load_masked_autoencoder, open_release
+
+GREY = 0.86  # of a removed patch
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    masked: str
+    painted: str  # visible patches are the original's
+    original: str
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A picture, its class, and what the model held most likely."""
+
+    image: str
+    truth: str
+    top: list[tuple[str, float]]  # class name, probability
+
+    @property
+    def is_right(self) -> bool:
+        return self.top[0][0] == self.truth
+
+
+def some_pictures(data: Data | None, shards: ShardSet | None, number: int) -> list[Image.Image]:
+    """Evaluation pictures where there are any (no run has seen them), else training pictures."""
+    if data is not None:
+        places = np.linspace(0, len(data.test) - 1, min(number, len(data.test))).astype(int)
+        reads = [lambda place=int(place): data.test.read(place) for place in places]
+    elif shards is not None:
+        places = np.linspace(0, len(shards) - 1, min(number, len(shards))).astype(int)
+        starts = np.cumsum([0, *shards.shard_sizes])
+        reads = []
+        for place in places:
+            shard = int(np.searchsorted(starts, place, side="right")) - 1
+            reads.append(lambda shard=shard, row=int(place - starts[shard]): shards.image_bytes(shard, row))
+    else:
+        return []
+    found: list[Image.Image] = []
+    for read in reads:
+        try:
+            found.append(decode(read()))
+        except BadImage:
+            continue
+    return found
+
+
+@torch.no_grad()
+def reconstructions(run: Path, pictures: Sequence[Image.Image], seed: int = 0) -> list[Reconstruction]:
+    """What the MAE of `run` paints over the removed patches."""
+    release = open_release(run)
+    model = load_masked_autoencoder(release).eval()
+    images = normalise(torch.stack([release.preprocess(picture) for picture in pictures]), release.preprocess)
+    painted, mask = model.reconstruct(images, seed)
+    removed = pixel_mask(mask, images.shape[-1])  # B 1 H W
+    original, painted = unnormalise(images, release.preprocess), unnormalise(painted, release.preprocess)
+    masked = torch.where(removed, torch.full_like(original, GREY), original)
+    pasted = torch.where(removed, painted, original)
+    return [Reconstruction(*(_as_png(x) for x in three)) for three in zip(masked, pasted, original, strict=True)]
+
+
+def pixel_mask(mask: Tensor, side: int) -> Tensor:
+    """B N with 1 for a removed patch -> B 1 H W, True on its pixels. Patches are in reading order, pictures square."""
+    grid = round(mask.shape[1] ** 0.5)
+    squares = mask.bool().view(-1, 1, grid, grid)
+    return squares.repeat_interleave(side // grid, 2).repeat_interleave(side // grid, 3)
+
+
+def unnormalise(images: Tensor, preprocess: Preprocess) -> Tensor:
+    """Back to 0..1."""
+    mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
+    return (images * std + mean).clamp(0, 1)
+
+
+def _as_png(image: Tensor) -> str:
+    return png((image * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
