@@ -1,0 +1,196 @@
+"""python -m data_pipeline build --input PHOTOS --output SHARDS
+python -m data_pipeline inspect SHARDS
+"""
+
+import argparse
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NoReturn
+
+from data_pipeline.errors import DataError, UsageError, UserError
+
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors as one line with the nearest option, through the same door as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        wrong = [word for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
+        near = [match for word in wrong for match in get_close_matches(word.split("=")[0], known, 1)]
+        hint = f"; did you mean {near[0]}?" if near else f"; `{self.prog} --help` lists all options"
+        raise UsageError(message + hint)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        options = _parser().parse_args(arguments)
+        return options.command(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:  # disk full, no permission, …: the system's words and the file say it all
+        print(f"error: {error}", file=sys.stderr)
+        return DataError.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: finished work is kept; the same command continues", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m data_pipeline", description="Captioned pictures -> labels from hashtags -> shards.")
+    commands = parser.add_subparsers(required=True, metavar="build|inspect")
+    build = commands.add_parser(
+        "build",
+        allow_abbrev=False,
+        help="make a shard set",
+        description="Make a shard set from captioned pictures. Run again, an unfinished build continues.",
+    )
+    build.set_defaults(command=_build)
+    add = build.add_argument
+    add(
+        "--input",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="folders and Parquet files. Parquet: columns image (bytes) and caption, if known key, language, source, "
+        "licence, hashtags. Folder: Parquet files, and images with a .txt caption of the same name",
+    )
+    add("--output", type=Path, required=True, metavar="SHARDS", help="folder of the shard set")
+    add(
+        "--min-count",
+        default="auto",
+        metavar="N",
+        help="images a synset needs to be a class; auto: a thousandth of the images that name a noun, from 1 to 50",
+    )
+    add("--keep-unlabelled", action="store_true", help="keep images without any class (mae and lit can use them)")
+    add("--resample", choices=("sqrt", "none"), default="sqrt", help="repeat images of rare synsets (default: sqrt)")
+    add(
+        "--epoch-factor",
+        type=_number(float, 1),
+        metavar="X",
+        help="mean repeat of labelled images, which sets the threshold (default: 5/3)",
+    )
+    add("--threshold", type=_number(float, 0), metavar="T", help="the threshold itself: a share of the images")
+    add("--samples-per-shard", type=_number(int, 1, 10_000), default=1000, metavar="N", help="at most (default: 1000)")
+    add(
+        "--resize",
+        type=_number(int, 8, 10_000),
+        metavar="SHORT_SIDE",
+        help="shrink larger pictures to this short side, as jpg (default: jpg, png and webp stay the bytes they are)",
+    )
+    add("--quality", type=_number(int, 1, 100), metavar="Q", help="of resized pictures (default: 90)")
+    add(
+        "--max-caption",
+        type=_number(int, 1, 20_000),
+        default=10_000,
+        metavar="N",
+        help="characters; longer captions drop their image (default: 10000)",
+    )
+    add("--workers", type=_number(int, 1, 1024), metavar="N", help="processes (default: one per CPU)")
+    add("--overwrite", action="store_true", help="replace the shard set that is in --output")
+    inspect = commands.add_parser(
+        "inspect", allow_abbrev=False, help="show and check a shard set", description="Show and check a shard set."
+    )
+    inspect.set_defaults(command=_inspect)
+    inspect.add_argument("shards", type=Path, metavar="SHARDS")
+    inspect.add_argument("--top", type=_number(int, 1, 1000), default=15, metavar="N", help="labels from each end")
+    inspect.add_argument("--workers", type=_number(int, 1, 1024), metavar="N", help="processes (default: one per CPU)")
+    return parser
+
+
+def _number(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            noun = "a whole number" if kind is int else "a number"
+            limits = f"from {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {limits}")
+        return value
+
+    return read
+
+
+def _build(options: argparse.Namespace) -> int:
+    from data_pipeline.resample import CAP
+
+    if options.resample == "none" and (options.epoch_factor is not None or options.threshold is not None):
+        raise UsageError("--resample none repeats nothing: leave out --epoch-factor and --threshold")
+    if options.epoch_factor is not None and options.threshold is not None:
+        raise UsageError("--epoch-factor sets the threshold: give it or --threshold, not both")
+    if options.epoch_factor is not None and options.epoch_factor > CAP:
+        raise UsageError(f"--epoch-factor {options.epoch_factor:g}: no image is repeated more than {CAP:g} times")
+    if options.quality is not None and options.resize is None:
+        raise UsageError("--quality is for resized pictures: give --resize too, or leave it out")
+    if options.min_count != "auto" and not (options.min_count.isdecimal() and int(options.min_count) > 0):
+        raise UsageError(f"--min-count {options.min_count!r} is neither auto nor a whole number from 1")
+
+    from data_pipeline.build import build  # here: wrong flags are answered before pyarrow is loaded
+    from data_pipeline.runners.local import LocalRunner, usable_cpus
+    from data_pipeline.shardset import ShardSet
+    from data_pipeline.steps import Settings
+    from data_pipeline.summary import Printer, print_counts, print_labels
+
+    settings = Settings(
+        min_count=options.min_count if options.min_count == "auto" else str(int(options.min_count)),
+        keep_unlabelled=options.keep_unlabelled,
+        resample=options.resample,
+        epoch_factor=options.epoch_factor,
+        threshold=options.threshold,
+        samples_per_shard=options.samples_per_shard,
+        resize=options.resize,
+        quality=options.quality or Settings.quality,
+        max_caption=options.max_caption,
+    )
+    start = time.monotonic()
+    with LocalRunner(options.workers or usable_cpus()) as runner:
+        manifest, made = build(options.input, options.output, settings, runner, overwrite=options.overwrite)
+    printer = Printer()
+    if not made:
+        printer.line(f"{options.output} is up to date, nothing to do ({manifest['samples']:,} samples)")
+        return 0
+    print_counts(printer, manifest)
+    print_labels(printer, ShardSet.open(options.output).vocabulary, 5)
+    printer.line(
+        f"{options.output}: {manifest['samples']:,} samples in {len(manifest['shards'])} shards, written and read back "
+        f"in {time.monotonic() - start:.1f} s; look with: python -m data_pipeline inspect {options.output}"
+    )
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from data_pipeline.build import check
+    from data_pipeline.runners.local import LocalRunner, usable_cpus
+    from data_pipeline.shardset import ShardSet
+    from data_pipeline.summary import Printer, print_counts, print_labels, print_repeats
+
+    shards, printer = ShardSet.open(options.shards), Printer()
+    print_counts(printer, shards.manifest)
+    print_labels(printer, shards.vocabulary, options.top)
+    with LocalRunner(options.workers or usable_cpus()) as runner:
+        problems = check(shards, runner)
+    if problems:
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return DataError.exit_code
+    print_repeats(printer, shards)
+    printer.line(
+        f"checked: {shards.num_shards} shards, their indexes and the vocabulary have the sha256 of the manifest"
+    )
+    printer.line(f"sha256 of the set: {shards.sha256}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

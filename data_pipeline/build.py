@@ -1,0 +1,343 @@
+"""One build: look at the output folder, run the steps, write the manifest last.
+
+OUTPUT/.work/            tables and markers of an unfinished build; removed at the end
+OUTPUT/shards/ …         see shardset.py; complete once manifest.json is there
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow.parquet as pq
+
+from data_pipeline import shardset, steps
+from data_pipeline.errors import DataError
+from data_pipeline.files import sha256_file, write_bytes
+from data_pipeline.job import Counts, Job, Task, merge_counts, remove_temporary
+from data_pipeline.progress import progress
+from data_pipeline.resample import CAP, EPOCH_FACTOR, Repeats
+from data_pipeline.runners import Call, Runner
+from data_pipeline.sources import Sources, discover
+from data_pipeline.steps import Settings, Work
+from data_pipeline.wordnet import archive_sha256, open_wordnet
+
+log = logging.getLogger(__name__)
+
+WORK: Final = ".work"
+PARTITION_ROWS: Final = 100_000  # records that one `merge` task sorts in memory
+MAX_PARTITIONS: Final = 256  # one byte of the hash
+FILES_PER_CALL: Final = 500
+OURS: Final = re.compile(r"manifest\.json|vocabulary\.parquet|shards|\.work|\.[a-z.]+\.\d+\.tmp")
+WAYS_OUT: Final = "choose another --output, or replace it with --overwrite"
+
+
+class NothingKeptError(DataError):
+    """No image came through: the output folder is left as it was found."""
+
+
+def build(
+    inputs: Sequence[Path],
+    output: Path,
+    settings: Settings,
+    runner: Runner,
+    *,
+    overwrite: bool = False,
+    partition_rows: int = PARTITION_ROWS,
+) -> tuple[dict[str, Any], bool]:
+    """The manifest, and whether there was anything to do. The rows per partition change the speed, not the bytes."""
+    sources = discover(inputs, output)
+    for name, why in sources.skipped:
+        log.info("skipped %s: %s", name, why)
+    identity = _identity(sources, settings, runner)
+    existed = output.is_dir()
+    up_to_date = _up_to_date(output, identity, overwrite)
+    with _locked(output):
+        work = Work(output / WORK)
+        if up_to_date:
+            shutil.rmtree(work.folder)  # also what a build left that was killed after its last file
+            return shardset.read_manifest(output)[0], False
+        if overwrite:
+            _remove(output)
+        _prepare(work, identity)
+        try:
+            content = _run_steps(work, output, settings, sources, Job(work.folder, runner), partition_rows)
+        except NothingKeptError:
+            _remove(output)
+            shutil.rmtree(work.folder)
+            if not existed:
+                output.rmdir()
+            raise
+        shardset.write_manifest(output, content | identity | {"parents": []})
+        shutil.rmtree(work.folder)
+    return shardset.read_manifest(output)[0], True
+
+
+def check(shards: shardset.ShardSet, runner: Runner) -> list[str]:
+    """All problems of a finished set, its shards checked side by side."""
+    problems = list(shardset.verify_vocabulary(shards.path, shards.manifest))
+    entries = shards.manifest["shards"]
+    calls = [Call(shardset.verify_shard, (shards.path / "shards", entry)) for entry in entries]
+    found: list[list[str]] = [[] for _ in entries]
+    with progress("checking", len(entries), "shards") as counter:
+        for position, result in runner.run(calls):
+            found[position] = result
+            counter.advance(1)
+    return problems + [problem for result in found for problem in result]
+
+
+# ----------------------------------------------------------------------------------------------------- what is there
+
+
+def _identity(sources: Sources, settings: Settings, runner: Runner) -> dict[str, Any]:
+    """What the output is a function of."""
+    lists = [files[n : n + FILES_PER_CALL] for _, files in sources.files for n in range(0, len(files), FILES_PER_CALL)]
+    owner = [name for name, files in sources.files for _ in range(0, len(files), FILES_PER_CALL)]
+    found: list[list[tuple[str, int, str]]] = [[] for _ in lists]
+    with progress("hashing the input", sum(map(len, lists)), "files") as counter:
+        for position, result in runner.run([Call(steps.hash_files, (files,)) for files in lists]):
+            found[position] = result
+            counter.advance(len(result))
+    by_input: dict[str, list[tuple[str, int, str]]] = {}
+    for name, result in zip(owner, found, strict=True):
+        by_input.setdefault(name, []).extend(result)
+    return {
+        "parameters": asdict(settings),
+        "inputs": [_input(name, files) for name, files in by_input.items()],
+        "skipped_inputs": [{"path": _printable(name), "why": why} for name, why in sources.skipped],
+        "wordnet_sha256": archive_sha256(),
+        "versions": {name: metadata.version(name) for name in ("pyarrow", "pillow")},
+    }
+
+
+def _input(name: str, files: list[tuple[str, int, str]]) -> dict[str, Any]:
+    """A Parquet file by its own sha256, a folder of images by that of the list of its files."""
+    size = sum(size for _, size, _ in files)
+    if not name.endswith("/"):
+        return {"path": _printable(name), "bytes": size, "sha256": files[0][2]}
+    lines = "".join(f"{digest} {size} {name}\n" for name, size, digest in files)
+    digest = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+    return {"path": _printable(name), "files": len(files), "bytes": size, "sha256": digest}
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "replace").decode()
+
+
+def _up_to_date(output: Path, identity: dict[str, Any], overwrite: bool) -> bool:
+    """True if there is nothing to do; DataError if something else is in the way."""
+    if output.exists() and not output.is_dir():
+        raise DataError(f"--output {output} is a file; name a folder")
+    present = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    if not present:
+        return False
+    finished, started = "manifest.json" in present, (output / WORK / "job.json").is_file()
+    foreign = [name for name in present if not OURS.fullmatch(name)]
+    if not finished and not started and present != [WORK]:
+        raise DataError(f"--output {output} is not empty and not a shard set ({present[0]!r} is in it); choose another")
+    if overwrite:
+        if foreign and not finished:
+            raise DataError(
+                f"--output {output} also holds {foreign[0]!r}, which is not part of a shard set; move it away"
+            )
+        return False
+    if not finished:
+        _check_same(
+            output, _read_json(output / WORK / "job.json"), identity, "an unfinished build"
+        ) if started else None
+        return False
+    manifest, _ = shardset.read_manifest(output)
+    _check_same(output, manifest, identity | {"versions": manifest.get("versions")}, "a finished shard set")
+    for entry in manifest["shards"]:
+        path = output / "shards" / f"{entry['name']}.tar"
+        if not path.is_file() or path.stat().st_size != entry["bytes"] or not path.with_suffix(".parquet").is_file():
+            raise DataError(
+                f"{path} is missing or has another size than the manifest says; build again with --overwrite"
+            )
+    return True
+
+
+def _check_same(output: Path, old: dict[str, Any], new: dict[str, Any], what: str) -> None:
+    differences = list(_differences(old, new))
+    if differences:
+        raise DataError(f"--output {output} holds {what} made otherwise: {'; '.join(differences[:5])}; {WAYS_OUT}")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    before, after = old.get("parameters", {}), new["parameters"]
+    for name in after:
+        if before.get(name) != after[name]:
+            yield f"--{name.replace('_', '-')} was {before.get(name)}, now {after[name]}"
+    files_before = {file["path"]: file for file in old.get("inputs", [])}
+    files_after = {file["path"]: file for file in new["inputs"]}
+    for path in sorted(files_before.keys() | files_after.keys()):
+        if path not in files_after:
+            yield f"the input {path} is gone"
+        elif path not in files_before:
+            yield f"the input {path} is new"
+        elif files_before[path] != files_after[path]:
+            yield f"the input {path} has changed"
+    if list(files_before) != list(files_after) and files_before.keys() == files_after.keys():
+        yield "the order of the inputs is another"
+    for name in ("wordnet_sha256", "versions"):
+        if old.get(name) != new[name]:
+            yield f"{name} was {old.get(name)}, now {new[name]}"
+
+
+def _remove(output: Path) -> None:
+    """Take away a shard set or an unfinished one, but neither the lock nor files of others."""
+    write_bytes(output / WORK / "job.json", b"{}")  # killed in here, it is an unfinished build of nothing
+    for path in (output / "manifest.json", output / "vocabulary.parquet"):
+        path.unlink(missing_ok=True)
+    for path in (output / "shards", *(path for path in (output / WORK).iterdir() if path.is_dir())):
+        if path.is_dir():
+            shutil.rmtree(path)
+    (output / WORK / "job.json").unlink()
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """One build per folder at a time; the lock ends with the process, however it ends."""
+    try:
+        (output / WORK).mkdir(parents=True, exist_ok=True)
+        file = (output / WORK / "lock").open("wb")
+    except OSError as error:
+        raise DataError(f"cannot write to --output {output} ({error.strerror})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"another build is writing to {output}; wait for it or choose another --output") from None
+        yield
+
+
+def _prepare(work: Work, identity: dict[str, Any]) -> None:
+    remove_temporary(work.folder.parent)
+    if (work.folder / "job.json").is_file():
+        log.info("continuing the unfinished build in %s", work.folder.parent)
+    else:
+        write_bytes(work.folder / "job.json", json.dumps(identity).encode())
+    if not (work.wordnet / "complete").is_file():
+        open_wordnet().save(work.wordnet)
+        write_bytes(work.wordnet / "complete", b"")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error}); start over with --overwrite") from None
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+
+def _run_steps(
+    work: Work, output: Path, settings: Settings, sources: Sources, job: Job, partition_rows: int
+) -> dict[str, Any]:
+    """The content of the manifest that comes from the data."""
+    partitions = min(MAX_PARTITIONS, -(-sources.rows // partition_rows) or 1)
+    reads = [
+        Task(
+            steps.read,
+            (work, settings, number, piece, partitions),
+            (work.table("records", number), work.images(number)),
+            piece.rows,
+        )
+        for number, piece in enumerate(sources.pieces)
+    ]
+    counts = merge_counts(job.run("read", reads, "images"))
+    counts = merge_counts([counts, *job.run("merge", _per_partition(work, "unique", partitions, len(reads)))])
+    chosen = job.run(
+        "vocabulary",
+        [
+            Task(
+                steps.choose_vocabulary,
+                (work, settings.min_count, partitions, counts["named_by_wordnet"]),
+                (work.vocabulary, work.classes),
+            )
+        ],
+    )[0]
+    labels = [
+        Task(steps.label, (work, settings, p), (work.table("labelled", p), work.table("rarest", p)))
+        for p in range(partitions)
+    ]
+    counts = merge_counts([counts, *job.run("label", labels)])
+    if counts["kept"] == 0:
+        raise NothingKeptError(
+            f"no image was kept of {counts['read']:,}: {_reasons(counts)}; {_advice(counts, settings)}"
+        )
+    planned = job.run("plan", [Task(steps.plan, (work, settings, partitions), (work.plan,))])[0]
+    repeats = Repeats(planned["threshold"], planned["labelled"])
+    shards = _write_shards(work, output, job, repeats)
+    write_bytes(output / "vocabulary.parquet", work.vocabulary.read_bytes())
+    return {
+        "samples": counts["kept"],
+        "classes": chosen["classes"],
+        "shards": shards,
+        "vocabulary_sha256": sha256_file(output / "vocabulary.parquet"),
+        "counts": counts | chosen,
+        "resampling": _resampling(settings, planned, counts),
+    }
+
+
+def _per_partition(work: Work, step: str, partitions: int, tasks: int) -> list[Task]:
+    return [
+        Task(steps.merge, (work, p, tasks), (work.table(step, p), work.table("synsets", p))) for p in range(partitions)
+    ]
+
+
+def _write_shards(work: Work, output: Path, job: Job, repeats: Repeats) -> list[Counts]:
+    folder = output / "shards"
+    slices: dict[int, list[dict[str, int]]] = {}
+    for row in pq.read_table(work.plan).to_pylist():
+        slices.setdefault(row["shard"], []).append(row)
+    width = max(5, len(str(len(slices) - 1)))
+    names = [f"{number:0{width}d}" for number in slices]
+    writes = [
+        Task(
+            steps.shard,
+            (work, folder, name, parts, repeats),
+            (folder / f"{name}.tar", folder / f"{name}.parquet"),
+            sum(part["stop"] - part["start"] for part in parts),
+        )
+        for name, parts in zip(names, slices.values(), strict=True)
+    ]
+    shards = job.run("shard", writes, "images")
+    checks = [Task(steps.verify, (folder, entry), (), entry["samples"]) for entry in shards]
+    job.run("verify", checks, "images")
+    return shards
+
+
+def _resampling(settings: Settings, planned: Counts, counts: Counts) -> dict[str, Any]:
+    asked = settings.epoch_factor if settings.epoch_factor is not None else EPOCH_FACTOR
+    solved = settings.resample == "sqrt" and settings.threshold is None
+    return {
+        "method": settings.resample,
+        "threshold": planned["threshold"],
+        "epoch_factor": asked if solved else None,
+        "cap": CAP,
+        "mean_repeat": planned["mean_repeat"],
+        "samples_per_epoch": planned["mean_repeat"] * planned["labelled"] + counts["kept"] - planned["labelled"],
+    }
+
+
+def _reasons(counts: Counts) -> str:
+    return ", ".join(f"{number:,} {reason}" for reason, number in counts["dropped"].items() if number)
+
+
+def _advice(counts: Counts, settings: Settings) -> str:
+    dropped = counts["dropped"]
+    if dropped.get("below_min_count"):
+        return f"lower --min-count (now {settings.min_count}) or use --keep-unlabelled"
+    if any(dropped.get(reason) for reason in ("no_hashtags", "no_synset", "no_caption")):
+        return "captions need hashtags that are English nouns; --keep-unlabelled keeps images without"
+    return "look at the reasons above"
