@@ -1,0 +1,259 @@
+"""Run configuration: frozen dataclasses, durations, `a.b=value` overrides, and the JSON form kept in a run folder."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from data_pipeline.errors import UsageError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # recipes §0
+
+
+class ConfigError(UsageError):
+    """A setting that cannot be used: what was asked, the rule, the way out."""
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training: `400 epochs`, `1000 steps`, or `5%` of the whole."""
+
+    value: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        word = str(text).strip().lower().replace("%", " percent").split()
+        units = {"step": "steps", "steps": "steps", "epoch": "epochs", "epochs": "epochs", "percent": "percent"}
+        try:
+            value, unit = float(word[0]), units[word[1]]
+        except (ValueError, KeyError, IndexError):
+            raise ConfigError(f"{text!r} is not a duration; write '400 epochs', '1000 steps' or '5%'") from None
+        if not 0 <= value < float("inf"):
+            raise ConfigError(f"a duration cannot be {text!r}; it must be a number from 0 up")
+        return cls(value, unit)
+
+    def steps(self, steps_per_epoch: int, total: int | None = None) -> int:
+        """As whole optimizer steps; `total` is what a percentage is of."""
+        if self.unit == "steps":
+            return round(self.value)
+        if self.unit == "epochs":
+            return round(self.value * steps_per_epoch)
+        if total is None:
+            raise ConfigError(f"'{self}' needs something to be a part of; give steps or epochs here")
+        return round(self.value / 100 * total)
+
+    def __str__(self) -> str:
+        return f"{self.value:g}%" if self.unit == "percent" else f"{self.value:g} {self.unit}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    variant: str  # a key of models.vit.VARIANTS
+    image_size: int = 0  # pixels; 0 is the variant's own
+    drop_path: float = 0.0
+    checkpoint_blocks: bool = False  # recompute every block in the backward pass: less memory, a third more compute
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    shards: str = ""  # a shard set made by `python -m data_pipeline build`
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area that a random resized crop takes
+    flip: bool = True
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    resample: bool = True  # apply the repeat factors of the shard set
+    streams: int = (
+        0  # canonical streams the order is made of; the number of ranks must divide it. 0: chosen, at most 64
+    )
+    window: int = 8  # shards (of one stream) whose samples are shuffled together
+    workers: int = 0  # loader processes per rank; 0 loads in the training process
+    max_bad: float = 0.001  # share of samples that may turn out unreadable before the run fails
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    batch_size: int  # images per optimizer step, over all ranks
+    micro_batch: int = 0  # images per rank that are in memory at once; 0: batch_size / ranks, without accumulation
+    lr: float
+    lr_batch: int = 0  # when not 0, `lr` is meant for this batch size and scales linearly with batch_size
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    clip: float = 0.0  # largest global gradient norm; 0 does not clip
+    schedule: str = "cosine"  # a key of schedule.SCHEDULES
+    warmup: Duration = Duration(5, "percent")
+    length: Duration
+
+    @property
+    def peak_lr(self) -> float:
+        """The absolute learning rate at the end of the warm-up."""
+        return self.lr * self.batch_size / self.lr_batch if self.lr_batch else self.lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    ds_config: str = "auto"  # a file of ds_configs/ or a path; auto: zero3 on GPUs, zero3_cpu otherwise
+    precision: str = "auto"  # fp32 or bf16; auto: bf16 on GPUs, fp32 on CPUs (many have no bf16 units)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: Duration = Duration(10, "percent")
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    every: int = 10  # steps between lines of metrics.jsonl
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What every stage has; a stage's Config adds its own."""
+
+    seed: int = 0
+    init_from: str = ""  # the run or release this stage starts from; empty: from random values
+    init_sha256: str = ""  # hash of its weights, filled in when the run starts
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+# What may differ between a run and its continuation: where and how fast, not what is computed.
+MAY_CHANGE_ON_RESUME = ("engine.ds_config", "checkpoint.", "log.", "data.workers", "data.shards", "optim.micro_batch")
+
+
+C = TypeVar("C")
+
+
+def override(cfg: C, settings: Sequence[str]) -> C:
+    """Apply `group.name=value` settings, typed by the field.
+
+    Raises ConfigError for a name that is not there (with the nearest one that is) and a value of the wrong type.
+    """
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"{setting!r} is not a setting; write name=value, for example optim.batch_size=256")
+        cfg = _set(cfg, path.split("."), text, path)
+    return cfg
+
+
+def _set(cfg: C, names: list[str], text: str, path: str) -> C:
+    hints = typing.get_type_hints(type(cfg))
+    name, rest = names[0], names[1:]
+    if name not in hints:
+        known = list(flatten(to_json(cfg)))
+        where = path[: len(path) - len(".".join(names))]
+        raise ConfigError(f"unknown setting {path}; {nearest(path, [where + k for k in known])}")
+    value = getattr(cfg, name)
+    if rest:
+        if not dataclasses.is_dataclass(value) or isinstance(value, Duration):
+            raise ConfigError(f"{path}: {name} has no parts; set {path[: path.index(name) + len(name)]} itself")
+        new = _set(value, rest, text, path)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, Duration):
+        raise ConfigError(f"{path} is a group; set one of {', '.join(path + '.' + k for k in to_json(value))}")
+    else:
+        new = _parse(hints[name], text, path)
+    return dataclasses.replace(cfg, **{name: new})  # type: ignore[type-var]
+
+
+def _parse(hint: Any, text: str, path: str) -> Any:
+    if hint is Duration:
+        return Duration.parse(text)
+    if isinstance(hint, types.UnionType):
+        if text.lower() in ("none", "null", ""):
+            return None
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    try:
+        if hint is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if typing.get_origin(hint) is tuple:
+            parts = text.strip("()[] ").split(",")
+            kinds = typing.get_args(hint)
+            if len(parts) != len(kinds):
+                raise ValueError
+            return tuple(kind(part) for kind, part in zip(kinds, parts, strict=True))
+        if hint is int:
+            return int(text.replace("_", ""))
+        return hint(text)
+    except (ValueError, KeyError):
+        wanted = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+        raise ConfigError(f"{path}={text} is not a {wanted}") from None
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A suggestion for a misspelt name, as the end of a sentence."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+
+
+def to_json(cfg: Any) -> dict[str, Any]:
+    """A config as plain JSON values; durations as their text."""
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if isinstance(value, Duration):
+            out[f.name] = str(value)
+        elif dataclasses.is_dataclass(value):
+            out[f.name] = to_json(value)
+        else:
+            out[f.name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def from_json(cls: type, values: dict[str, Any]) -> Any:
+    """The config that `to_json` wrote. Raises ConfigError for a field this version does not know."""
+    hints = typing.get_type_hints(cls)
+    unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+    if unknown:
+        raise ConfigError(f"config has {', '.join(sorted(unknown))}, which this version does not know")
+    return cls(**{name: _from_json_value(hints[name], value) for name, value in values.items()})
+
+
+def _from_json_value(hint: Any, value: Any) -> Any:
+    if hint is Duration:
+        return Duration.parse(value)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested JSON as `a.b` -> value."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            out |= flatten(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`name: old -> new` for every setting of a run that its continuation may not change but does."""
+    a, b = flatten(old), flatten(new)
+    return [
+        f"{name}: {a.get(name)} -> {b.get(name)}"
+        for name in sorted(set(a) | set(b))
+        if a.get(name) != b.get(name) and not name.startswith(MAY_CHANGE_ON_RESUME)
+    ]
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ConfigError names the file when it is not one."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path} cannot be read as JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds {type(value).__name__}, expected a JSON object")
+    return value

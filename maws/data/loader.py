@@ -1,0 +1,112 @@
+"""Batches of a step: read the samples the order names, in this process or in workers, and replace broken ones.
+
+A batch is a function of its step, so the loader has no state either: a worker is handed step numbers.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_pipeline.errors import DataError
+from data_pipeline.images import BadImage, decode
+from data_pipeline.shardset import ShardSet
+from maws.config import ConfigError, DataConfig
+from maws.data.batch import BadSample, Batch
+from maws.data.order import Item, Order, Part
+from maws.data.transforms import random_resized_crop
+
+MAX_REPLACEMENTS = 100  # in a row, in one stream: then it is not a sample that is broken but the shard set
+
+Sample = dict[str, Any]
+Load = Callable[[Item], Sample]  # one visit to what one row of the batch holds; BadImage or DataError: use the next one
+
+
+def open_shards(cfg: DataConfig) -> ShardSet:
+    """The shard set of a run. Raises ConfigError when none was named, DataError when it is not one."""
+    if not cfg.shards:
+        raise ConfigError("no shard set given; add data.shards=FOLDER, made by `python -m data_pipeline build`")
+    return ShardSet.open(cfg.shards)
+
+
+def make_order(cfg: DataConfig, shards: ShardSet, seed: int, batch_size: int, labelled: bool = False) -> Order:
+    return Order(
+        shards, seed, batch_size,
+        streams=cfg.streams, window=cfg.window, resample=cfg.resample, labelled=labelled,
+    )  # fmt: skip
+
+
+class LoadImage:
+    """The part of a sample that every stage has: a random crop of its picture."""
+
+    def __init__(self, cfg: DataConfig, shards: ShardSet, seed: int, image_size: int) -> None:
+        self.cfg, self.shards, self.seed, self.image_size = cfg, shards, seed, image_size
+
+    def __call__(self, item: Item) -> Sample:
+        image = decode(self.shards.image_bytes(item.shard, item.row))
+        rng = item.stream(self.seed, "augment")
+        return {"image": random_resized_crop(image, self.image_size, self.cfg.crop_scale, self.cfg.flip, rng)}
+
+
+class StepDataset(Dataset[Batch]):
+    """Step number to batch."""
+
+    def __init__(
+        self, order: Order, part: Part, load: Load, finish: Callable[[Batch, int], Batch] | None = None
+    ) -> None:
+        order.check_world(part.world)
+        self.order, self.part, self.load, self.finish = order, part, load, finish
+
+    def __getitem__(self, step: int) -> Batch:
+        samples: list[Sample] = []
+        keys: list[str] = []
+        bad: list[BadSample] = []
+        for s in range(self.part.rank, self.order.streams, self.part.world):
+            for place in range(self.order.per_stream):
+                item, sample = self._good_sample(s, step, place, bad)
+                keys.append(item.key)
+                samples.append(sample)
+        batch = cast(Batch, {"keys": keys, "bad": bad, **collate(samples)})
+        return self.finish(batch, step) if self.finish else batch
+
+    def _good_sample(self, s: int, step: int, place: int, bad: list[BadSample]) -> tuple[Item, Sample]:
+        for skip in range(MAX_REPLACEMENTS):
+            item = self.order.item(s, step, place, skip)
+            try:
+                return item, self.load(item)
+            except (BadImage, DataError) as e:
+                shard = self.order.shards.manifest["shards"][item.shard]["name"]
+                bad.append({"key": item.key, "shard": shard, "reason": getattr(e, "reason", None) or str(e)})
+        raise DataError(
+            f"{MAX_REPLACEMENTS} samples in a row could not be read, the last one {bad[-1]['key']} of shard "
+            f"{bad[-1]['shard']} ({bad[-1]['reason']}); check the set with `python -m data_pipeline inspect "
+            f"{self.order.shards.path}`"
+        )
+
+
+def collate(samples: list[Sample]) -> dict[str, Tensor]:
+    """Stack what the samples hold; one-axis integer tensors of unequal length are padded with -1."""
+    out = {}
+    for name in samples[0]:
+        values = [s[name] for s in samples]
+        if len({v.shape for v in values}) > 1:
+            out[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=-1)
+        else:
+            out[name] = torch.stack(values)
+    return out
+
+
+def batches(dataset: StepDataset, start_step: int, stop_step: int, workers: int) -> Iterator[Batch]:
+    """The batches of steps [start, stop), in order."""
+    steps = range(start_step, stop_step)
+    yield from DataLoader(
+        dataset,
+        sampler=steps,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None,
+        persistent_workers=False,
+    )

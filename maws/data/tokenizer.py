@@ -1,0 +1,129 @@
+"""Captions to token ids: XLM-R's SentencePiece numbering, and a small tokenizer trained from a shard set's captions.
+
+tok = load_tokenizer(folder); ids, mask = tok(["a red fox", "лиса"])        # B T, B T
+"""
+
+import html
+import io
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import DataError
+from maws.config import ConfigError
+from maws.models.text import BOS, EOS, PAD, UNKNOWN
+
+log = logging.getLogger(__name__)
+
+MODEL_FILE = "sentencepiece.bpe.model"  # the name XLM-R's own folder uses
+MAX_CAPTION = 2000  # characters: longer captions are cut, not refused; the context is far shorter anyway
+_URL = re.compile(r"(https?://|www\.)\S+", re.IGNORECASE)
+_MENTION = re.compile(r"(?<!\w)@\w+")
+
+
+def clean_caption(text: str) -> str:
+    """Unescape HTML, drop URLs and @mentions, keep a hashtag's word without its sign (recipes §5.2-10, a suggestion)."""
+    text = html.unescape(text[:MAX_CAPTION])
+    text = _MENTION.sub(" ", _URL.sub(" ", text))
+    return " ".join(text.replace("#", " ").split())
+
+
+class CaptionTokenizer:
+    """SentencePiece in fairseq's numbering: <s> 0, <pad> 1, </s> 2, <unk> 3, piece p is id p + 1 (recipes §8.2)."""
+
+    def __init__(self, model: bytes, context: int) -> None:
+        import sentencepiece
+
+        self.model, self.context = model, context
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids that can occur, plus XLM-R's <mask>."""
+        return self.pieces.get_piece_size() + 2
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, both B T with T = context + 2: cut to `context` pieces, <s> before, </s> after."""
+        ids = torch.full((len(captions), self.context + 2), PAD)
+        for row, pieces in zip(ids, self.pieces.encode(list(captions)), strict=True):
+            known = [p + 1 if p else UNKNOWN for p in pieces[: self.context]]
+            row[: len(known) + 2] = torch.tensor([BOS, *known, EOS])
+        return ids, (ids != PAD).long()
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MODEL_FILE).write_bytes(self.model)
+
+    def __reduce__(self) -> tuple[type["CaptionTokenizer"], tuple[bytes, int]]:
+        return CaptionTokenizer, (self.model, self.context)
+
+
+class PretrainedTokenizer:
+    """A tokenizer folder or hub name of transformers (XLM-R's, in practice), cut and padded in the same way."""
+
+    def __init__(self, name: str, context: int) -> None:
+        from transformers import AutoTokenizer
+
+        self.name, self.context = name, context
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as e:
+            raise ConfigError(
+                f"text.pretrained={name}: no tokenizer could be loaded from it ({e}); give a local folder that has one, "
+                f"or leave text.pretrained empty to train a small tokenizer from the captions"
+            ) from None
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.tokenizer)
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        out = self.tokenizer(
+            list(captions), max_length=self.context + 2, truncation=True, padding="max_length", return_tensors="pt"
+        )
+        return out["input_ids"], out["attention_mask"]
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+
+Tokenizer = CaptionTokenizer | PretrainedTokenizer
+
+
+def train_tokenizer(captions: Iterable[str], vocabulary: int, context: int) -> CaptionTokenizer:
+    """A unigram SentencePiece model of at most `vocabulary` ids, the same for the same captions.
+
+    Raises DataError when there is no caption to learn from.
+    """
+    import sentencepiece
+
+    lines = [line for line in map(clean_caption, captions) if line]
+    if not lines:
+        raise DataError("no sample has a caption, so no tokenizer can be trained; LiT needs images with captions")
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=out,
+        vocab_size=vocabulary - 2,  # fairseq's numbering adds <pad> in front and <mask> behind
+        model_type="unigram",
+        character_coverage=0.9995,  # XLM-R's; many scripts
+        hard_vocab_limit=False,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        num_threads=1,
+        shuffle_input_sentence=False,
+        minloglevel=2,
+    )  # fmt: skip
+    return CaptionTokenizer(out.getvalue(), context)
+
+
+def load_tokenizer(folder: Path, context: int) -> Tokenizer:
+    """The tokenizer a release was trained with. Raises DataError when the folder holds none."""
+    if (folder / MODEL_FILE).is_file():
+        return CaptionTokenizer((folder / MODEL_FILE).read_bytes(), context)
+    if (folder / "tokenizer.json").is_file():
+        return PretrainedTokenizer(str(folder), context)
+    raise DataError(f"{folder} holds no tokenizer: expected {MODEL_FILE} or tokenizer.json")

@@ -1,0 +1,97 @@
+"""The text tower: transformers' XLM-RoBERTa, read at its first token (recipes §8.1).
+
+Axes: B captions, T tokens, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import XLMRobertaConfig, XLMRobertaModel
+
+from maws.models.init import Constant, Gather, InitRules, Normal
+
+PAD, BOS, EOS, UNKNOWN = 1, 0, 2, 3  # fairseq's numbering, recipes §8.2
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """Sizes of an XLM-R; `context` counts the pieces of a caption without the two special tokens."""
+
+    width: int
+    depth: int
+    heads: int
+    vocabulary: int = 250_002
+    context: int = 100
+    dropout: float = 0.1
+
+
+TEXT_VARIANTS: dict[str, TextShape] = {
+    "xlmr_base": TextShape(width=768, depth=12, heads=12),
+    "xlmr_large": TextShape(width=1024, depth=24, heads=16),
+    "nano": TextShape(width=128, depth=3, heads=4, vocabulary=4000, context=30, dropout=0.0),  # ours: the demo
+    "atto": TextShape(width=32, depth=1, heads=2, vocabulary=300, context=14, dropout=0.0),  # ours: tests and debug
+}
+
+
+class TextTower(nn.Module):
+    """Token ids in, the last hidden state of the first token out; no pooler, no further norm."""
+
+    def __init__(self, shape: TextShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.encoder = XLMRobertaModel(xlmr_config(shape), add_pooling_layer=False)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Encode ids (B T) under an attention mask (B T, 1 = a token) as B D.
+
+        The mask is never left out: without it padding changes the result (recipes §8.2).
+        """
+        return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
+
+    def init_rules(self, prefix: str = "") -> InitRules:
+        """XLM-R's own: normal with deviation 0.02, zero biases, unit norms."""
+        p = prefix.replace(".", r"\.")
+        return [
+            (p + r".*LayerNorm\.weight", Constant(1.0)),
+            (p + r".*\.bias", Constant(0.0)),
+            (p + r".*\.weight", Normal(0.02)),
+        ]
+
+
+def xlmr_config(shape: TextShape) -> XLMRobertaConfig:
+    """The transformers config of a text shape; 514 positions of which the first two are never used (recipes §11.5)."""
+    return XLMRobertaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.depth,
+        num_attention_heads=shape.heads,
+        intermediate_size=4 * shape.width,
+        hidden_dropout_prob=shape.dropout,
+        attention_probs_dropout_prob=shape.dropout,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        hidden_act="gelu",
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+
+
+@torch.no_grad()
+def load_pretrained(tower: TextTower, name: str, gather: Gather, writer: bool) -> None:
+    """Give a (possibly partitioned) text tower the weights of a local folder or hub name, from safetensors only.
+
+    Raises ValueError when a tensor does not fit.
+    """
+    source = {}
+    if writer:
+        model = XLMRobertaModel.from_pretrained(name, add_pooling_layer=False, use_safetensors=True)
+        source = dict(model.named_parameters())
+    for key, param in tower.encoder.named_parameters():
+        with gather([param]):
+            if writer:
+                if key not in source or source[key].shape != param.shape:
+                    raise ValueError(f"{name} has no tensor {key} of shape {tuple(param.shape)}")
+                param.copy_(source[key])

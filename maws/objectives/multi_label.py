@@ -1,0 +1,66 @@
+"""Objective of WSP: softmax cross-entropy with target 1/k on each of an image's k synsets (Mahajan et al., 2018).
+
+Axes: B images, S synsets of the vocabulary, M most synsets of an image, D width.
+"""
+
+from torch import Tensor, nn
+
+from maws.data.batch import Batch, Losses
+from maws.models.init import Constant, FanInNormal, InitRules
+from maws.models.vit import VisionTransformer, normalise
+
+
+class MultiLabel(nn.Module):
+    """Predict an image's synsets from the class token.
+
+    `head` is `mlp` (Linear, Tanh, Linear) or `linear`; SWAG's code has both and starts the last layer at zero
+    (recipes §6.2). Mixing two images (Zhang et al., 2018) is read from the batch and becomes two weighted terms.
+    """
+
+    def __init__(
+        self, backbone: VisionTransformer, synsets: int, mean: tuple[float, ...], std: tuple[float, ...],
+        head: str = "mlp",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        width = backbone.embed_dim
+        self.backbone, self.mean, self.std = backbone, mean, std
+        hidden = [nn.Linear(width, width), nn.Tanh()] if head == "mlp" else []
+        self.head = nn.Sequential(*hidden, nn.Linear(width, synsets))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Scores (B S) of normalised images."""
+        return self.head(self.backbone(images)[:, 0])
+
+    def forward(self, batch: Batch) -> Losses:
+        images = normalise(batch["image"], self.mean, self.std)
+        ids = batch["synset_ids"]  # B M, padded with -1, never all padding
+        mix = batch.get("mix_weight")  # B, the weight of the image's own pixels and synsets
+        if mix is not None:
+            other = batch["mix_with"]  # B, which image of the batch is mixed in
+            weight = mix.view(-1, 1, 1, 1)
+            images = weight * images + (1 - weight) * images[other]
+        log_prob = self.logits(images.to(self.backbone.cls_token.dtype)).float().log_softmax(dim=1)  # B S, float32
+        loss = one_over_k(log_prob, ids)  # B
+        if mix is not None:
+            loss = mix * loss + (1 - mix) * one_over_k(log_prob, ids[other])
+        best = log_prob.argmax(dim=1, keepdim=True)
+        return {
+            "loss": loss.mean(),
+            "synsets_per_image": (ids >= 0).float().sum(dim=1).mean(),
+            "hit": (best == ids).any(dim=1).float().mean(),  # the best guess is one of the image's synsets
+        }
+
+    def init_rules(self) -> InitRules:
+        last = len(self.head) - 1
+        return [
+            (rf"head\.{last}\.(weight|bias)", Constant(0.0)),
+            (r"head\.0\.weight", FanInNormal()),
+            (r"head\.0\.bias", Constant(0.0)),
+            *self.backbone.init_rules("backbone."),
+        ]
+
+
+def one_over_k(log_prob: Tensor, ids: Tensor) -> Tensor:
+    """Cross-entropy of each row (B S) against 1/k on each of its k synsets (B M, -1 is padding): B."""
+    present = ids >= 0  # B M
+    return -(log_prob.gather(1, ids.clamp(min=0)) * present).sum(dim=1) / present.sum(dim=1)
