@@ -34,8 +34,9 @@ def _ranges(wanted: str) -> str:
 _INVISIBLE: Final = re.compile("[\u00ad\u034f\u061c\u115f\u1160\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
                                "\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]")  # fmt: skip
 _WORD: Final = r"\w" + _ranges("Mn Mc Me")
+_NO_TAG: Final = ("&", "/")  # before `#`: a character reference, an address
 _NOT_WORD: Final = re.compile(f"[^{_WORD}]+")
-_TAGS: Final = re.compile(rf"(?<![{_WORD}&/])(?:#+[{_WORD}]+)+")
+_RUN: Final = re.compile(f"[#{_WORD}]+")  # looked at once each: no input makes the search slower than its length
 
 
 def normalise(text: str) -> str:
@@ -46,8 +47,9 @@ def normalise(text: str) -> str:
 
 def extract(caption: str) -> list[str]:
     """The hashtags of a caption, normalised, without `#`, each once, in order."""
-    runs = _TAGS.findall(normalise(caption))
-    return unique(tag for run in runs for tag in run.split("#"))
+    text = normalise(caption)
+    runs = [run for run in _RUN.finditer(text) if run[0].startswith("#") and not text.endswith(_NO_TAG, 0, run.start())]
+    return unique(tag for run in runs for tag in run[0].split("#"))
 
 
 def from_column(tags: Iterable[str]) -> list[str]:

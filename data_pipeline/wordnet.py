@@ -36,7 +36,7 @@ SYNSETS_SCHEMA: Final = pa.schema(
         ("synset", pa.string()),
         ("wnid", pa.string()),
         ("lemmas", pa.list_(pa.string())),
-        ("gloss", pa.string()),
+        ("gloss", pa.string()),  # empty for the bundled files, which come without glosses
         ("hypernyms", pa.list_(pa.int32())),  # rows of this table
     ]
 )
@@ -147,6 +147,7 @@ def open_wordnet() -> WordNet:
     folder = cache_folder() / f"wordnet-{archive_sha256()[:16]}-v{TABLE_VERSION}"
     with contextlib.suppress(OSError, pa.ArrowException):
         return WordNet.load(folder)
+    log.info("reading the nouns of WordNet, once: about ten seconds")
     wordnet = build(ARCHIVE)
     try:
         wordnet.save(folder)
