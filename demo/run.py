@@ -86,7 +86,9 @@ def chain(out: str, ranks: int, preset: str = "demo", seeds: Sequence[int] = SEE
     """All steps in order. `out` is the folder of the demo, `ranks` the number of processes that train together."""
     vendors = [name for name in glob.glob(str(EMOJI / "*.parquet"), root_dir=ROOT) if not _is_label_file(name)]
     shards, manifest = f"{out}/shards", f"{out}/shards/manifest.json"
+    # MAE, LiT and the probes use pictures without a synset too; WSP passes over them
     build = ("python", "-m", "data_pipeline", "build", "--input", *sorted(vendors), "--output", shards)
+    build += ("--keep-unlabelled",)
     steps = [Step("shards", build, tuple(sorted(vendors)), (manifest,), DATA_CODE, folder=shards)]
 
     def train(stage: str, run: str, seed: int = 0, init_from: str | None = None) -> None:
@@ -489,7 +491,7 @@ def score_lines(folder: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None, make: Callable[[str, int], list[Step]] = chain, root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(prog="make demo", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="make demo", description="Run the whole chain on the demo corpus.")
     parser.add_argument("--fresh", action="store_true", help="start over: remove the folder first")
     parser.add_argument("--folder", default="runs/demo", help="where everything goes, inside the repository")
     parser.add_argument("--list", action="store_true", help="print the steps and whether they are done, run nothing")

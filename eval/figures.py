@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -15,7 +16,7 @@ from eval.report_scores import Row
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey print.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 KNOWN = {"MAE": "#0072B2", "WSP": "#D55E00", "MAE→WSP": "#009E73", "MAE→WSP→LiT": "#CC79A7"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "svg.fonttype": "path",  # the same letters on every machine

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
@@ -25,15 +25,16 @@ from data_pipeline.files import write_bytes
 from data_pipeline.shardset import ShardSet
 from eval import figures, report_samples
 from eval.report_runs import Folder, Run, open_shards, read_folder
-from eval.report_scores import DRAWS, IMAGES, SEEDS, Row, ScoreTable, score_table, verdict
+from eval.report_scores import DRAWS, IMAGES, SEEDS, STAGE_NAMES, Row, ScoreTable, score_table, verdict
 from eval.results import Result
+
+if TYPE_CHECKING:  # torch comes with it, and only some parts of the page need that
+    from eval.datasets import Data
 
 log = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "deepspeed", "timm", "transformers", "nltk", "pyarrow", "numpy", "pillow")
 SAMPLES, RECONSTRUCTIONS, GUESSES = 15, 8, 8  # pictures of each kind
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def introduction(folder: Folder, shards: ShardSet | None, table: ScoreTable) -> 
         model = next((m for run in folder.runs if (m := _model_words(run))), "")
         sentences.append(f"Trained{model}: {'; '.join(parts)}.")
     sizes = sorted({result.n for result in folder.results})
-    classes = sorted({c for r in folder.results if isinstance(c := r.config.get("num_classes"), int)})
+    classes = sorted({c for r in folder.results if isinstance(c := r.config.get("classes"), int)})
     if sizes:
         of = f" of {'/'.join(map(str, classes))} classes" if classes else ""
         sentences.append(f"Every score is measured on {'/'.join(f'{n:,}' for n in sizes)} evaluation pictures{of}.")
@@ -268,8 +269,6 @@ def _loss(folder: Folder, path: Path) -> Figure:
     for run in folder.runs:
         steps, values = run.series("train/loss")
         if steps:
-            from eval.report_scores import STAGE_NAMES
-
             panel = STAGE_NAMES.get(run.stage, run.stage)
             panels.setdefault(panel, []).append(figures.Curve(run.title, steps, values))
     if not panels:
@@ -319,7 +318,7 @@ def _reconstructions(folder: Folder, shards: ShardSet | None, path: Path) -> Pic
         return Pictures(missing=_missing("No finished MAE run yet. Training makes one:", command))
     from eval import report_pictures
 
-    data = _evaluation_data(folder, run.name)
+    data = _evaluation_data([*(r for r in folder.results if r.run == run.name), *folder.results])
     pictures = report_pictures.some_pictures(data, shards, RECONSTRUCTIONS)
     if not pictures:
         return Pictures(missing=Markup("Neither evaluation data nor a shard set was found to take pictures from."))
@@ -337,8 +336,26 @@ def _zero_shot(folder: Folder, path: Path) -> Pictures:
         return Pictures(missing=_missing("No zero-shot result of a finished LiT run yet. This makes one:", command))
     from eval import report_pictures
 
-    raise NotImplementedError(report_pictures)
+    data = _evaluation_data([result])
+    if data is None:
+        return Pictures(missing=Markup("The evaluation data of the zero-shot result is no longer where it was."))
+    templates = str(result.config.get("zeroshot", {}).get("templates", "default"))
+    items = report_pictures.guesses(runs[result.run].folder, data, templates, GUESSES)
+    words = f"Run {result.run}: {100 * result.value:.1f} % of {result.n:,} pictures are right, half of those shown."
+    return Pictures(items, words if any(item.is_right for item in items) else words.replace("half", "none"))
 
 
-def _evaluation_data(folder: Folder, run: str) -> Any:
+def _evaluation_data(results: Sequence[Result]) -> "Data | None":
+    """The evaluation set of the first result whose files are still there and still the same."""
+    from eval.datasets import open_data
+
+    for result in results:
+        paths = result.config.get("paths")
+        test = [Path(path) for path in paths.get("data", [])] if isinstance(paths, dict) else []
+        classes = Path(paths["classes"]) if isinstance(paths, dict) and paths.get("classes") else None
+        if not test or not all(path.exists() for path in (*test, *([classes] if classes else []))):
+            continue
+        data = open_data(test, classes=classes)
+        if data.test.sha256 == result.hashes.get("data", data.test.sha256):
+            return data
     return None

@@ -16,7 +16,10 @@ from torch import Tensor
 from data_pipeline.images import BadImage, decode
 from data_pipeline.shardset import ShardSet
 from eval.datasets import Data
-from eval.figures import png
+from eval.evaluators.zeroshot import class_embeddings
+from eval.features import extract, open_encoder
+from eval.figures import png, thumbnail
+from eval.templates import read_templates
 from maws.data.transforms import Preprocess, normalise
 from maws.release import load_masked_autoencoder, open_release
 
@@ -36,18 +39,16 @@ class Guess:
 
     image: str
     truth: str
-    top: list[tuple[str, float]]  # class name, probability
-
-    @property
-    def is_right(self) -> bool:
-        return self.top[0][0] == self.truth
+    top: list[tuple[str, float]]  # class name, probability; most likely first
+    is_right: bool
 
 
 def some_pictures(data: Data | None, shards: ShardSet | None, number: int) -> list[Image.Image]:
     """Evaluation pictures where there are any (no run has seen them), else training pictures."""
     if data is not None:
-        places = np.linspace(0, len(data.test) - 1, min(number, len(data.test))).astype(int)
-        reads = [lambda place=int(place): data.test.read(place) for place in places]
+        test = data.test
+        places = np.linspace(0, len(test) - 1, min(number, len(test))).astype(int)
+        reads = [lambda place=int(place): test.read(place) for place in places]
     elif shards is not None:
         places = np.linspace(0, len(shards) - 1, min(number, len(shards))).astype(int)
         starts = np.cumsum([0, *shards.shard_sizes])
@@ -78,6 +79,31 @@ def reconstructions(run: Path, pictures: Sequence[Image.Image], seed: int = 0) -
     masked = torch.where(removed, torch.full_like(original, GREY), original)
     pasted = torch.where(removed, painted, original)
     return [Reconstruction(*(_as_png(x) for x in three)) for three in zip(masked, pasted, original, strict=True)]
+
+
+@torch.no_grad()
+def guesses(run: Path, data: Data, templates: str, number: int) -> list[Guess]:
+    """Half of them right, half wrong where there are enough of both; spread evenly over the evaluation pictures."""
+    encode = open_encoder(run, torch.device("cpu"))
+    test = extract(encode, data.test, "joint")
+    cosine = test.features @ class_embeddings(encode, data.classes, read_templates(templates)).T  # B S
+    scale = float(encode.two_tower.logit_scale.exp())  # type: ignore[operator]
+    probability, best = (scale * cosine).softmax(dim=1).topk(min(3, len(data.classes)), dim=1)  # B 3
+    right = best[:, 0] == test.labels
+    rows_right, rows_wrong = right.nonzero().flatten().tolist(), (~right).nonzero().flatten().tolist()
+    half = min(len(rows_right), max(number // 2, number - len(rows_wrong)))
+    chosen = [*_spread(rows_right, half), *_spread(rows_wrong, number - half)]
+    found: list[Guess] = []
+    for row in chosen:
+        picture = decode(data.test.read(int(test.rows[row])))
+        top = [(data.classes.name(int(c)), float(p)) for c, p in zip(best[row], probability[row], strict=True)]
+        found.append(Guess(thumbnail(picture), data.classes.name(int(test.labels[row])), top, bool(right[row])))
+    return found
+
+
+def _spread(items: list[int], number: int) -> list[int]:
+    """`number` of the items at even distances, or all."""
+    return [items[place] for place in np.linspace(0, len(items) - 1, min(number, len(items))).astype(int)]
 
 
 def pixel_mask(mask: Tensor, side: int) -> Tensor:

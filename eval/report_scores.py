@@ -113,7 +113,7 @@ def wilson_interval(value: float, n: int) -> Score:
 
 
 def score(by_run: Sequence[Sequence[float]], n: int) -> Score:
-    """Per training run, the value of every draw -> mean; the interval is over training seeds where there are several."""
+    """Per run, the value of every draw -> mean, with an interval over training seeds where there are several."""
     means = [fmean(values) for values in by_run]
     if len(means) > 1:
         return t_interval(means, SEEDS)
@@ -132,7 +132,7 @@ def newest(results: Iterable[Result]) -> list[Result]:
 
 def chance(result: Result) -> float | None:
     """What guessing gives: k of the classes for top-k, whatever stands around it (`5-shot/vpt/top1`, `top1@k=20`)."""
-    classes = result.config.get("num_classes", result.config.get("classes"))
+    classes = result.config.get("classes")
     found = re.search(r"(?:^|/)top(\d+)(?:@|$)", result.metric)
     if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1 or not found:
         return None
