@@ -190,6 +190,10 @@ def _parse(hint: Any, text: str, path: str) -> Any:
         raise ConfigError(f"{path}={text} is not a {wanted}") from None
 
 
+# Settings that a run fills in while it starts, and what they are before.
+UNKNOWN: dict[str, Any] = {"synsets": 0, "text.vocabulary": 0}
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """A suggestion for a misspelt name, as the end of a sentence."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -244,7 +248,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{name}: {a.get(name)} -> {b.get(name)}"
         for name in sorted(set(a) | set(b))
-        if a.get(name) != b.get(name) and not name.startswith(MAY_CHANGE_ON_RESUME)
+        if a.get(name) != b.get(name) and not name.startswith(MAY_CHANGE_ON_RESUME) and b.get(name) != UNKNOWN.get(name)
     ]
 
 

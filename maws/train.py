@@ -73,17 +73,15 @@ def run_stage(args: argparse.Namespace, stop: StopSignal) -> int:
     runtime = Runtime(cfg.engine, cfg.optim)
     start_log(dist.rank())
     run: Path = args.run
-    if finished(run, cfg):
+    shards = open_shards(cfg.data)
+    if finished(run, cfg, shards.sha256):
         log.info("%s is finished; its release is %s", run, run / "release")
         runtime.close()
         return 0
-    shards = open_shards(cfg.data)
     resume_from = claim(run, args.resume)
     lineage = [args.stage]
     if cfg.init_from:
-        source = open_release(cfg.init_from)
-        lineage = [s for s in source.lineage if s != args.stage] + lineage
-        cfg = dataclasses.replace(cfg, init_sha256=source.sha256)
+        lineage = [s for s in open_release(cfg.init_from).lineage if s != args.stage] + lineage
     cfg = stage.prepare(cfg, shards, run)
     dataset = stage.dataset(cfg, shards, run, Part(dist.rank(), dist.world_size()))
     plan = Plan.of(cfg, dataset.order.steps_per_epoch)
@@ -119,16 +117,15 @@ def configure(args: argparse.Namespace) -> TrainConfig:
     if args.seed is not None:
         cfg = dataclasses.replace(cfg, seed=args.seed)
     if args.init_from:
-        open_release(args.init_from)  # before anything is started
-        cfg = dataclasses.replace(cfg, init_from=args.init_from)
+        cfg = dataclasses.replace(cfg, init_from=args.init_from, init_sha256=open_release(args.init_from).sha256)
     return cfg
 
 
-def finished(run: Path, cfg: TrainConfig) -> bool:
+def finished(run: Path, cfg: TrainConfig, shards: str) -> bool:
     """Is there a release of just this configuration? Raises ConfigError when there is one of another."""
     if not (run / "release" / "config.json").exists():
         return False
-    compare(run, cfg)
+    compare(run, cfg, shards)
     return True
 
 
@@ -143,14 +140,10 @@ def claim(run: Path, resume: str | None) -> Path | None:
     return None
 
 
-def compare(run: Path, cfg: TrainConfig) -> None:
-    old = config.load_json(run / "config.json")
-    new = config.to_json(cfg)
-    derived = {"init_sha256", "synsets"}  # filled in while a run starts, so not known when the old one is met
-    different = config.differences(
-        {k: old[k] for k in new if k in old and k not in derived}, {k: v for k, v in new.items() if k not in derived}
-    )
-    different = [d for d in different if not d.startswith("text.vocabulary")]
+def compare(run: Path, cfg: TrainConfig, shards: str) -> None:
+    """Raises ConfigError when the run in the folder is not the one that was asked for."""
+    old, new = config.load_json(run / "config.json"), config.to_json(cfg) | {"shards_sha256": shards}
+    different = config.differences({k: old.get(k) for k in new}, new)
     if different:
         raise ConfigError(
             f"{run} holds a run with other settings ({'; '.join(different[:5])}); "
@@ -170,7 +163,7 @@ def remember(run: Path, args: argparse.Namespace, cfg: TrainConfig, lineage: lis
         "versions": versions(),
     }
     if dist.rank() == 0 and (run / "checkpoints").exists() and (run / "config.json").exists():
-        compare(run, cfg)
+        compare(run, cfg, shards)
     dist.barrier()
     if dist.rank() == 0:
         run.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,8 @@ import html
 import io
 import logging
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 
 MODEL_FILE = "sentencepiece.bpe.model"  # the name XLM-R's own folder uses
 MAX_CAPTION = 2000  # characters: longer captions are cut, not refused; the context is far shorter anyway
+COVERAGE = 0.9995  # share of the characters that are pieces of their own, as for XLM-R; the rest is unknown
 _URL = re.compile(r"(https?://|www\.)\S+", re.IGNORECASE)
 _MENTION = re.compile(r"(?<!\w)@\w+")
 
@@ -95,7 +98,9 @@ Tokenizer = CaptionTokenizer | PretrainedTokenizer
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int, context: int) -> CaptionTokenizer:
-    """A unigram SentencePiece model of at most `vocabulary` ids, the same for the same captions.
+    """A unigram SentencePiece model of about `vocabulary` ids, the same for the same captions.
+
+    It has fewer when the captions do not give so many pieces, and more when their scripts have too many characters.
 
     Raises DataError when there is no caption to learn from.
     """
@@ -108,9 +113,9 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, context: int) -> C
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_writer=out,
-        vocab_size=vocabulary - 2,  # fairseq's numbering adds <pad> in front and <mask> behind
+        vocab_size=max(vocabulary, 2 * characters(lines)) - 2,  # fairseq's numbering adds <pad> and <mask>
         model_type="unigram",
-        character_coverage=0.9995,  # XLM-R's; many scripts
+        character_coverage=COVERAGE,
         hard_vocab_limit=False,
         unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
         num_threads=1,
@@ -118,6 +123,17 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, context: int) -> C
         minloglevel=2,
     )  # fmt: skip
     return CaptionTokenizer(out.getvalue(), context)
+
+
+def characters(lines: Sequence[str]) -> int:
+    """How many different characters make up the share of the text that every piece set must cover."""
+    counts = sorted(Counter(unicodedata.normalize("NFKC", "".join(lines))).values(), reverse=True)
+    total, seen = sum(counts), 0
+    for n, count in enumerate(counts, start=1):
+        seen += count
+        if seen >= COVERAGE * total:
+            return n
+    return len(counts)
 
 
 def load_tokenizer(folder: Path, context: int) -> Tokenizer:

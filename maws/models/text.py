@@ -34,13 +34,20 @@ TEXT_VARIANTS: dict[str, TextShape] = {
 }
 
 
+class XLMRoberta(XLMRobertaModel):
+    """transformers' model without its own initial values, which cannot be written to partitioned parameters."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: values come from `TextTower.init_rules` (models/init.py)."""
+
+
 class TextTower(nn.Module):
     """Token ids in, the last hidden state of the first token out; no pooler, no further norm."""
 
     def __init__(self, shape: TextShape) -> None:
         super().__init__()
         self.shape = shape
-        self.encoder = XLMRobertaModel(xlmr_config(shape), add_pooling_layer=False)
+        self.encoder = XLMRoberta(xlmr_config(shape), add_pooling_layer=False)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Encode ids (B T) under an attention mask (B T, 1 = a token) as B D.
