@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.info("saved at step %d; continue with --resume auto", stopped.step)
         return stopped.code
     except UserError as e:
-        if dist.rank() == 0 or not isinstance(e, config.UsageError):
+        if dist.detect().rank == 0 or not isinstance(e, config.UsageError):  # all ranks meet a usage error
             print(f"error: {e}", file=sys.stderr, flush=True)
         return e.exit_code
     except KeyboardInterrupt:
@@ -64,16 +64,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of order, crops, masks and initial values")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("settings", nargs="*", metavar="group.name=value", help="change single settings of the preset")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # settings may stand before, between and after flags
 
 
 def run_stage(args: argparse.Namespace, stop: StopSignal) -> int:
     stage, cfg = stages.load(args.stage), configure(args)
     stages.image_side(cfg.model)
+    shards, run = open_shards(cfg.data), args.run
     runtime = Runtime(cfg.engine, cfg.optim)
     start_log(dist.rank())
-    run: Path = args.run
-    shards = open_shards(cfg.data)
     if finished(run, cfg, shards.sha256):
         log.info("%s is finished; its release is %s", run, run / "release")
         runtime.close()

@@ -1,0 +1,153 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.errors import DataError
+from data_pipeline.images import BadImage
+from data_pipeline.shardset import ShardSet
+from maws import stages
+from maws.config import DataConfig, override
+from maws.data import loader
+from maws.data.loader import LoadImage, StepDataset, batches
+from maws.data.masks import random_mask, visible_patches
+from maws.data.order import Item, Order, Part
+from maws.data.transforms import Preprocess, crop_box, random_resized_crop
+from maws.trainer import Quarantine
+
+
+def dataset(stage: str, shards: ShardSet, tmp_path, part: Part = Part()) -> StepDataset:
+    module = stages.load(stage)
+    cfg = module.prepare(override(module.PRESETS["debug"], [f"data.shards={shards.path}"]), shards, tmp_path)
+    return module.dataset(cfg, shards, tmp_path, part)
+
+
+@pytest.mark.parametrize("stage", ["mae", "wsp"])
+def test_two_ranks_together_load_what_one_process_loads(stage, shards, tmp_path):
+    whole = dataset(stage, shards, tmp_path)[4]
+    halves = [dataset(stage, shards, tmp_path, Part(rank, 2))[4] for rank in range(2)]
+    where = {key: (half, i) for half in halves for i, key in enumerate(half["keys"])}
+    assert sorted(whole["keys"]) == sorted(halves[0]["keys"] + halves[1]["keys"])
+    for i, key in enumerate(whole["keys"]):
+        if whole["keys"].count(key) > 1:
+            continue  # two visits of one sample have different crops
+        half, j = where[key]
+        assert torch.equal(half["image"][j], whole["image"][i])
+        if stage == "mae":
+            assert torch.equal(half["ids_shuffle"][j], whole["ids_shuffle"][i])
+
+
+def test_worker_processes_change_nothing(shards, tmp_path):
+    data = dataset("mae", shards, tmp_path)
+    for alone, worked in zip(batches(data, 3, 7, 0), batches(data, 3, 7, 2), strict=True):
+        assert alone["keys"] == worked["keys"] and torch.equal(alone["image"], worked["image"])
+
+
+def test_a_broken_sample_is_replaced_by_the_next_of_its_stream_and_noted(shards):
+    order = Order(shards, seed=0, batch_size=8, streams=4, resample=False)
+    broken = order.item(1, 2, 0)
+    image = LoadImage(DataConfig(), shards, 0, 32)
+
+    def load(item: Item):
+        if item.key == broken.key:
+            raise BadImage("truncated")
+        return image(item)
+
+    batch = StepDataset(order, Part(), load)[2]
+    shard = shards.manifest["shards"][broken.shard]["name"]
+    assert batch["bad"] == [{"key": broken.key, "shard": shard, "reason": "truncated"}]
+    assert len(batch["keys"]) == 8 and broken.key not in batch["keys"]
+    assert batch["keys"][2] == order.item(1, 2, 0, skip=1).key
+
+
+def test_a_shard_set_with_nothing_readable_ends_the_run(shards, monkeypatch):
+    def load(item: Item):
+        raise BadImage("undecodable")
+
+    monkeypatch.setattr(loader, "MAX_REPLACEMENTS", 5)
+    with pytest.raises(DataError, match="5 samples in a row could not be read"):
+        StepDataset(Order(shards, seed=0, batch_size=8), Part(), load)[0]
+
+
+def test_too_many_bad_samples_end_the_run_and_each_is_listed_once(tmp_path):
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", max_bad=0.02, samples=100)
+    bad = [{"key": k, "shard": "00000", "reason": "truncated"} for k in "ab"]
+    quarantine.add(1, bad)
+    quarantine.add(2, bad[:1])
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 2
+    resumed = Quarantine(tmp_path / "quarantine.jsonl", max_bad=0.02, samples=100)
+    with pytest.raises(DataError, match=r"3 of 100 samples could not be read, more than data.max_bad allows \(2\)"):
+        resumed.add(3, [{"key": "c", "shard": "00000", "reason": "truncated"}])
+
+
+def test_crops_take_the_asked_share_of_the_area_and_stay_inside():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        left, top, right, bottom = crop_box(200, 100, (0.2, 0.6), rng)
+        assert 0 <= left < right <= 200 and 0 <= top < bottom <= 100
+        assert 0.19 < (right - left) * (bottom - top) / 20_000 < 0.61
+        assert 0.73 < (right - left) / (bottom - top) < 1.37
+
+
+def test_a_flip_mirrors_the_crop_and_nothing_else():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+
+    def crop(flip: bool, seed: int) -> torch.Tensor:
+        return random_resized_crop(image, 16, (0.3, 0.8), flip, np.random.default_rng(seed))
+
+    flipped = sum(not torch.equal(crop(True, s), crop(False, s)) for s in range(40))
+    assert 8 < flipped < 32
+    for s in range(40):
+        a, b = crop(True, s).float(), crop(False, s).float()
+        assert torch.equal(a, b) or (a - b.flip(2)).abs().max() <= 1
+
+
+def test_evaluation_images_are_resized_by_the_short_side_and_cut_in_the_middle():
+    wide = np.zeros((50, 100, 3), np.uint8)
+    wide[:, 25:75] = 255
+    out = Preprocess(image_size=40)(Image.fromarray(wide))
+    assert out.shape == (3, 40, 40) and out.dtype == torch.uint8
+    assert out[:, :, 2:-2].min() > 250
+
+
+def test_masks_are_permutations_that_keep_the_asked_share():
+    rng = np.random.default_rng(0)
+    visible = [set(random_mask(rng, 36)[: visible_patches(36, 0.75)].tolist()) for _ in range(400)]
+    assert {len(v) for v in visible} == {9}
+    counts = np.bincount([i for v in visible for i in v], minlength=36)
+    assert counts.min() > 60 and counts.max() < 145  # 100 expected, 6 standard deviations at most
+
+
+def test_captions_reach_the_text_tower_as_tokens(shards, tmp_path):
+    from maws.data.tokenizer import clean_caption, train_tokenizer
+
+    assert clean_caption("Ben &amp; I @home see https://x.y/z #red  fox") == "Ben & I see red fox"
+    captions = [shards.record(0, i)["caption"] for i in range(shards.shard_sizes[0])] * 3
+    tok = train_tokenizer(captions, vocabulary=60, context=6)
+    again = train_tokenizer(captions, vocabulary=60, context=6)
+    assert tok.model == again.model
+    ids, mask = tok(["the cat", "", "the cat at home the cat at home the cat", "犬"])
+    assert ids.shape == mask.shape == (4, 8)
+    assert ids[:, 0].tolist() == [0] * 4  # <s>
+    assert ids[1].tolist() == [0, 2, 1, 1, 1, 1, 1, 1] and mask[1].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert ids[2, -1] == 2 and mask[2].all()  # cut to the context, </s> kept
+    assert 3 in ids[3].tolist()  # a character that was never seen is unknown
+    assert tok.pieces.decode([int(i) - 1 for i in ids[0][1:] if i > 3]) == "the cat"
+    assert ids.max() < tok.vocabulary
+    tok.save(tmp_path)
+    from maws.data.tokenizer import load_tokenizer
+
+    assert torch.equal(load_tokenizer(tmp_path, 6)(["the cat"])[0], tok(["the cat"])[0])
+    with pytest.raises(DataError, match="no sample has a caption"):
+        train_tokenizer(["", "  "], 60, 6)
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path / "nowhere", 6)
+
+
+def test_pictures_are_read_from_bytes_of_any_kind_of_image(shards):
+    image = LoadImage(DataConfig(), shards, 0, 32)(Order(shards, seed=0, batch_size=8).items(0)[0])["image"]
+    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+    with pytest.raises(BadImage):
+        loader.decode(io.BytesIO(b"not a picture").getvalue())

@@ -1,0 +1,228 @@
+"""Real runs of maws/train.py on the debug presets: learning, resuming, stopping, refusing."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import CAPTIONS, ROOT, arguments, losses, metrics
+
+from maws import checkpoint, stages
+from maws.checkpoint import CheckpointError
+from maws.release import load_image_tower, load_masked_autoencoder, load_tokenizer, load_two_tower, open_release
+from maws.train import main
+
+LONGER = ["optim.length=40 steps", "log.every=1"]
+
+
+def first_and_last(run: Path, n: int = 4) -> tuple[float, float]:
+    values = [v for _, v in sorted(losses(run).items())]
+    return sum(values[:n]) / n, sum(values[-n:]) / n
+
+
+@pytest.mark.parametrize("stage", stages.names())
+def test_the_loss_falls_and_the_release_can_be_used(stage, trained):
+    first, last = first_and_last(trained[stage])
+    assert last < first
+    release = open_release(trained[stage])
+    assert release.lineage == {"mae": ("mae",), "wsp": ("mae", "wsp"), "lit": ("mae", "wsp", "lit")}[stage]
+    images = torch.stack([release.preprocess(picture) for picture in pictures()])
+    assert load_image_tower(release).forward_features(images.float() / 255).isfinite().all()
+
+
+def pictures():
+    from PIL import Image
+
+    return [Image.new("RGB", (48, 40), colour) for colour in ("red", "blue")]
+
+
+def test_each_stage_starts_from_what_the_one_before_it_learned(trained):
+    mae, wsp, lit = (open_release(trained[s]) for s in ("mae", "wsp", "lit"))
+    assert wsp.config["train"]["init_from"] == str(trained["mae"])
+    assert json.loads((trained["wsp"] / "config.json").read_text())["init_sha256"] == mae.sha256
+    locked, source = load_image_tower(lit).state_dict(), load_image_tower(wsp).state_dict()
+    assert all(torch.equal(locked[k], source[k]) for k in source)  # LiT never touches the image tower
+    learned, origin = load_image_tower(wsp).state_dict(), load_image_tower(mae).state_dict()
+    near = (learned["blocks.0.attn.qkv.weight"] - origin["blocks.0.attn.qkv.weight"]).abs().mean()
+    assert 0 < near < 0.1 * origin["blocks.0.attn.qkv.weight"].abs().mean()
+    assert not torch.equal(learned["pos_embed"], origin["pos_embed"])  # frozen in MAE, trained in WSP
+
+
+def test_releases_hold_what_evaluation_needs(trained):
+    filled, mask = load_masked_autoencoder(open_release(trained["mae"])).reconstruct(torch.randn(2, 3, 32, 32), seed=1)
+    assert filled.shape == (2, 3, 32, 32) and mask.sum(dim=1).tolist() == [12, 12]
+    lit = open_release(trained["lit"])
+    ids, attention = load_tokenizer(lit)(CAPTIONS)
+    assert load_two_tower(lit).encode_text(ids, attention).shape == (len(CAPTIONS), 32)
+    assert (trained["wsp"] / "release" / "vocabulary.parquet").exists()
+    with pytest.raises(CheckpointError, match="has no text tower"):
+        load_two_tower(open_release(trained["wsp"]))
+    with pytest.raises(CheckpointError, match="only MAE releases keep a decoder"):
+        load_masked_autoencoder(lit)
+
+
+def test_an_mae_release_holds_the_names_of_the_mae_repository(trained):
+    names = set(load_file(trained["mae"] / "release" / "model.safetensors"))
+    assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.1.mlp.fc2.bias", "norm.weight", "mask_token",
+            "decoder_embed.weight", "decoder_pos_embed", "decoder_blocks.0.attn.qkv.weight", "decoder_norm.bias",
+            "decoder_pred.weight"} <= names  # fmt: skip
+
+
+def test_two_ranks_train_like_one_process_and_a_killed_run_resumes_on_one_rank(trained, shards_path, tmp_path, start):
+    two = tmp_path / "two"
+    training = start(arguments("mae", two, shards_path, "checkpoint.every=3 steps"), ranks=2)
+    training.wait_for_steps(two, 5)
+    training.signal(signal.SIGKILL)
+    training.wait()
+    assert not (two / "release").exists()
+    codes, printed = start(arguments("mae", two, shards_path, "--resume", "auto", "checkpoint.every=3 steps")).wait()
+    assert codes == [0] and "resumed from" in printed, printed
+    one = losses(trained["mae"])
+    assert losses(two).keys() == one.keys()
+    for step, loss in losses(two).items():
+        assert loss == pytest.approx(one[step], abs=2e-5), step  # sums of floats in another order
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [("mae", 2), ("wsp", 1), ("lit", 1)])
+def test_a_killed_run_goes_on_as_if_it_had_never_stopped(stage, ranks, trained, shards_path, tmp_path, start):
+    source = {"mae": [], "wsp": ["--init-from", str(trained["mae"])], "lit": ["--init-from", str(trained["wsp"])]}[
+        stage
+    ]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    codes, printed = start(arguments(stage, straight, shards_path, *source[stage], *LONGER), ranks=ranks).wait()
+    assert codes == [0] * ranks, printed
+    training = start(arguments(stage, killed, shards_path, *source[stage], *LONGER), ranks=ranks)
+    training.wait_for_steps(killed, 12)
+    training.signal(signal.SIGKILL)
+    training.wait()
+    assert not (killed / "release").exists()
+    again = arguments(stage, killed, shards_path, *source[stage], *LONGER, "--resume", "auto")
+    codes, printed = start(again, ranks=ranks).wait()
+    assert codes == [0] * ranks and "resumed from" in printed, printed
+    assert losses(killed) == losses(straight)  # to the bit
+    assert [line["step"] for line in metrics(killed)] == list(range(1, 41))
+    ours, theirs = (load_file(run / "release" / "model.safetensors") for run in (killed, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_sigterm_on_one_rank_saves_on_all_and_exits_75(shards_path, tmp_path, start):
+    run = tmp_path / "run"
+    command = arguments("mae", run, shards_path, "optim.length=3000 steps", "checkpoint.every=3000 steps")
+    training = start(command, ranks=2)
+    training.wait_for_steps(run, 3)
+    training.signal(signal.SIGTERM, rank=1)
+    codes, printed = training.wait()
+    assert codes == [75, 75], printed
+    assert "continue with --resume auto" in printed
+    saved = checkpoint.find(run, "latest")
+    assert saved is not None
+    assert json.loads((saved / "state.json").read_text())["step"] == metrics(run)[-1]["step"] >= 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(shards_path, tmp_path, start):
+    run = tmp_path / "run"
+    codes, printed = start(arguments("mae", run, shards_path, "optim.lr=1e30", "optim.warmup=0 steps")).wait()
+    assert codes == [1]
+    assert "error: loss is" in printed and "the sample keys are in" in printed
+    (written,) = run.glob("not_finite_step_*_rank_0.json")
+    assert len(json.loads(written.read_text())["keys"]) == 16
+
+
+def test_the_deepspeed_launcher_starts_two_ranks(shards_path, tmp_path, free_port):
+    import subprocess
+    import sys
+
+    launcher = Path(sys.executable).parent / "deepspeed"
+    run = tmp_path / "run"
+    command = [
+        sys.executable, str(launcher), "--num_gpus", "2", "--master_port", str(free_port),
+        str(ROOT / "maws" / "train.py"), *arguments("mae", run, shards_path, "optim.length=3 steps"),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "started by deepspeed: 2 rank(s) on cpu" in done.stderr
+    assert (run / "release" / "model.safetensors").exists()
+
+
+class TestRefusals:
+    """Wrong input ends at once, with one line that says what would be right."""
+
+    def test_unknown_preset(self, capsys, tmp_path):
+        assert main(["--stage", "mae", "--preset", "vit_b6", "--run", str(tmp_path / "r")]) == 2
+        assert capsys.readouterr().err == "error: stage mae has no preset 'vit_b6'; did you mean vit_b16?\n"
+
+    def test_wrong_flag(self, capsys, tmp_path):
+        with pytest.raises(SystemExit) as e:
+            main(["--stage", "mae", "--preset", "debug", "--run", str(tmp_path), "--batch", "3"])
+        assert e.value.code == 2 and "--batch" in capsys.readouterr().err
+
+    def test_no_shards(self, capsys, tmp_path):
+        assert main(["--stage", "mae", "--preset", "debug", "--run", str(tmp_path / "r")]) == 2
+        assert "no shard set given; add data.shards=FOLDER" in capsys.readouterr().err
+        assert not (tmp_path / "r").exists()
+
+    def test_missing_shards(self, capsys, tmp_path):
+        assert main(arguments("mae", tmp_path / "r", tmp_path / "nowhere")) == 1
+        assert "nowhere" in capsys.readouterr().err
+
+    def test_missing_checkpoint(self, capsys, tmp_path, shards_path):
+        code = main(arguments("wsp", tmp_path / "r", shards_path, "--init-from", str(tmp_path / "no_run")))
+        assert code == 1
+        assert "no_run holds no trained model: looked for model.safetensors" in capsys.readouterr().err
+
+    def test_a_finished_run_is_left_alone_and_other_settings_are_refused(self, trained, shards_path, start):
+        again = start(arguments("mae", trained["mae"], shards_path))
+        other = start(arguments("mae", trained["mae"], shards_path, "mask_ratio=0.5"))
+        codes, printed = again.wait()
+        assert codes == [0] and "is finished" in printed
+        codes, printed = other.wait()
+        assert codes == [2]
+        assert "holds a run with other settings (mask_ratio: 0.75 -> 0.5)" in printed
+
+    def test_lit_without_a_tower(self, shards_path, tmp_path, start):
+        codes, printed = start(arguments("lit", tmp_path / "r", shards_path)).wait()
+        assert codes == [2] and "add --init-from RUN" in printed
+
+
+class TestDamage:
+    """A checkpoint that is not whole is named and passed over."""
+
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> Path:
+        for step in (5, 10):
+            folder = tmp_path / "checkpoints" / f"step_{step:07}"
+            folder.mkdir(parents=True)
+            (folder / "rank_00000.safetensors").write_bytes(bytes(range(200)) * step)
+            entry = folder / "rank_00000.safetensors"
+            files = [{"name": entry.name, "bytes": entry.stat().st_size, "sha256": checkpoint.sha256(entry)}]
+            (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+        (tmp_path / "checkpoints" / "tmp-step_0000015").mkdir()
+        return tmp_path
+
+    def test_the_newest_whole_one_is_taken(self, run):
+        assert checkpoint.find(run, "auto").name == "step_0000010"
+
+    def test_a_flipped_byte_is_named_and_the_older_one_is_taken(self, run, caplog):
+        path = run / "checkpoints" / "step_0000010" / "rank_00000.safetensors"
+        data = bytearray(path.read_bytes())
+        data[77] ^= 1
+        path.write_bytes(data)
+        assert checkpoint.find(run, "auto").name == "step_0000005"
+        assert f"{path} does not have the hash it was written with" in caplog.text
+        with pytest.raises(CheckpointError, match="does not have the hash"):
+            checkpoint.find(run, str(path.parent))
+
+    def test_a_truncated_file_is_named(self, run, caplog):
+        path = run / "checkpoints" / "step_0000010" / "rank_00000.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        assert checkpoint.find(run, "auto").name == "step_0000005"
+        assert "1999 bytes, 2000 were written" in caplog.text
+
+    def test_nothing_to_resume(self, tmp_path):
+        assert checkpoint.find(tmp_path, "auto") is None
+        with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+            checkpoint.find(tmp_path, "latest")
+        with pytest.raises(CheckpointError, match="no checkpoint there"):
+            checkpoint.find(tmp_path, str(tmp_path / "step_9"))
