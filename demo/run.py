@@ -87,8 +87,7 @@ def chain(out: str, ranks: int, preset: str = "demo", seeds: Sequence[int] = SEE
     vendors = [name for name in glob.glob(str(EMOJI / "*.parquet"), root_dir=ROOT) if not _is_label_file(name)]
     shards, manifest = f"{out}/shards", f"{out}/shards/manifest.json"
     # MAE, LiT and the probes use pictures without a synset too; WSP passes over them
-    build = ("python", "-m", "data_pipeline", "build", "--input", *sorted(vendors), "--output", shards)
-    build += ("--keep-unlabelled",)
+    build = ("python", "-m", "data_pipeline", "build", "--input", str(EMOJI), "--output", shards, "--keep-unlabelled")
     steps = [Step("shards", build, tuple(sorted(vendors)), (manifest,), DATA_CODE, folder=shards)]
 
     def train(stage: str, run: str, seed: int = 0, init_from: str | None = None) -> None:

@@ -135,7 +135,7 @@ def introduction(folder: Folder, shards: ShardSet | None, table: ScoreTable) -> 
         model = next((m for run in folder.runs if (m := _model_words(run))), "")
         sentences.append(f"Trained{model}: {'; '.join(parts)}.")
     sizes = sorted({result.n for result in folder.results})
-    classes = sorted({c for r in folder.results if isinstance(c := r.config.get("classes"), int)})
+    classes = sorted({c for r in folder.results if isinstance(c := r.config.get("num_classes"), int)})
     if sizes:
         of = f" of {'/'.join(map(str, classes))} classes" if classes else ""
         sentences.append(f"Every score is measured on {'/'.join(f'{n:,}' for n in sizes)} evaluation pictures{of}.")

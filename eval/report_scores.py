@@ -132,7 +132,7 @@ def newest(results: Iterable[Result]) -> list[Result]:
 
 def chance(result: Result) -> float | None:
     """What guessing gives: k of the classes for top-k, whatever stands around it (`5-shot/vpt/top1`, `top1@k=20`)."""
-    classes = result.config.get("classes")
+    classes = result.config.get("num_classes")
     found = re.search(r"(?:^|/)top(\d+)(?:@|$)", result.metric)
     if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1 or not found:
         return None
@@ -191,7 +191,7 @@ def _row_order(key: tuple[str, str]) -> tuple[object, ...]:
     evaluator, metric = key
     place = EVALUATORS.index(evaluator) if evaluator in EVALUATORS else len(EVALUATORS)
     numbers = [int(number) for number in re.findall(r"\d+", metric)]
-    return place, evaluator, re.sub(r"\d+", "0", metric), numbers
+    return place, evaluator, not metric.startswith("top"), re.sub(r"\d+", "0", metric), numbers
 
 
 def _differences(

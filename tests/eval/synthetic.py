@@ -92,7 +92,7 @@ def write_results(root: Path, name: str, lineage: list[str], seed: int, level: f
     lines = []
 
     def add(evaluator: str, metric: str, value: float, draw: int) -> None:
-        config = {"classes": 362}
+        config = {"num_classes": 362}
         line = {
             "run": f"{root}/{name}",
             "evaluator": evaluator,

@@ -36,7 +36,7 @@ _spec.loader.exec_module(synthetic)
 
 
 def result(run, value, evaluator="linear", metric="top1", seed=0, lineage=("wsp",), **more) -> Result:
-    given = {"n": 362, "config": {"classes": 362}, "hashes": {}, "time": "2026-01-01", **more}
+    given = {"n": 362, "config": {"num_classes": 362}, "hashes": {}, "time": "2026-01-01", **more}
     return Result(run=run, evaluator=evaluator, metric=metric, value=value, seed=seed, lineage=list(lineage), **given)
 
 
