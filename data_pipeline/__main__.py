@@ -21,11 +21,24 @@ class Parser(argparse.ArgumentParser):
     """Errors as one line with the nearest option, through the same door as all others."""
 
     def error(self, message: str) -> NoReturn:
-        known = [option for action in self._actions for option in action.option_strings]
-        wrong = [word for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
-        near = [match for word in wrong for match in get_close_matches(word.split("=")[0], known, 1)]
+        near = [option for word in self.unknown(message) for option in get_close_matches(word, self.options(), 1)]
         hint = f"; did you mean {near[0]}?" if near else f"; `{self.prog} --help` lists all options"
         raise UsageError(message + hint)
+
+    def options(self) -> list[str]:
+        """Of this parser and of its commands: unknown options are only noticed at the top."""
+        parsers = [
+            choice for action in self._actions if isinstance(action.choices, dict) for choice in action.choices.values()
+        ]
+        return [*self._option_string_actions, *(option for parser in parsers for option in parser.options())]
+
+    @staticmethod
+    def unknown(message: str) -> list[str]:
+        return (
+            [word.split("=")[0] for word in message.split() if word.startswith("--")]
+            if "unrecognized" in message
+            else []
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
