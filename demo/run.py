@@ -36,7 +36,8 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI = Path("demo/emoji")
 SEEDS = (0, 1)
-SIDE_BY_SIDE = 2  # evaluations at a time: more would share one GPU, or memory, for little
+PROBES = ("linear", "knn", "lowshot")
+SIDE_BY_SIDE = 2  # commands at a time: more would share one GPU, or memory, for little
 GRACE = 40.0  # seconds: longer than a rank needs to save, shorter than a person waits
 TOKEN = (
     "MAWS_DEMO_FOLDER"  # in the environment of everything started here: what a killed call left behind is known by it
@@ -82,29 +83,36 @@ class Stopped(BaseException):
 # --------------------------------------------------------------------------------------------------------------- chain
 
 
-def chain(out: str, ranks: int, preset: str = "demo", seeds: Sequence[int] = SEEDS) -> list[Step]:
-    """All steps in order. `out` is the folder of the demo, `ranks` the number of processes that train together."""
+def chain(out: str, ranks: int, gpus: int = 0, preset: str = "demo", seeds: Sequence[int] = SEEDS) -> list[Step]:
+    """All steps in order. `out` is the folder of the demo, `ranks` how many processes train together.
+
+    Without GPUs the four WSP runs have one process each, two at a time: on two cores that is faster than two ranks each.
+    """
     vendors = [name for name in glob.glob(str(EMOJI / "*.parquet"), root_dir=ROOT) if not _is_label_file(name)]
     shards, manifest = f"{out}/shards", f"{out}/shards/manifest.json"
     # MAE, LiT and the probes use pictures without a synset too; WSP passes over them
     build = ("python", "-m", "data_pipeline", "build", "--input", str(EMOJI), "--output", shards, "--keep-unlabelled")
     steps = [Step("shards", build, tuple(sorted(vendors)), (manifest,), DATA_CODE, folder=shards)]
 
-    def train(stage: str, run: str, seed: int = 0, init_from: str | None = None) -> None:
-        command = ["deepspeed", "--num_gpus", str(ranks), "maws/train.py", "--stage", stage, "--preset", preset]
-        command += ["--run", f"{out}/{run}"] + (["--init-from", f"{out}/{init_from}"] if init_from else [])
+    def train(stage: str, run: str, seed: int = 0, init_from: str | None = None, alone: bool = False) -> None:
+        command = ["python"] if alone else ["deepspeed", "--num_gpus", str(ranks)]
+        command += ["maws/train.py", "--stage", stage, "--preset", preset, "--run", f"{out}/{run}"] + (
+            ["--init-from", f"{out}/{init_from}"] if init_from else []
+        )
         command += (["--seed", str(seed)] if seed else []) + ["--resume", "auto", f"data.shards={shards}"]
         inputs = (manifest, *([weights(init_from)] if init_from else []))
-        steps.append(Step(run, tuple(command), inputs, (weights(run),), TRAIN_CODE, folder=f"{out}/{run}"))
+        steps.append(Step(run, tuple(command), inputs, (weights(run),), TRAIN_CODE, f"{out}/{run}", side_by_side=alone))
 
     def weights(run: str) -> str:
         return f"{out}/{run}/release/model.safetensors"
 
-    def evaluate(run: str, evaluators: Sequence[str], train_on: str | None = shards) -> None:
+    def evaluate(
+        run: str, evaluators: Sequence[str], train_on: str | None = shards, settings: Sequence[str] = ()
+    ) -> None:
         data, classes, labels = EMOJI / "eval-emojione.parquet", EMOJI / "classes.json", EMOJI / "train-labels.parquet"
         command = ["python", "-m", "eval", *evaluators, "--run", f"{out}/{run}"]
         command += ["--train", train_on, "--train-labels", str(labels)] if train_on else []
-        command += ["--data", str(data), "--classes", str(classes)]
+        command += ["--data", str(data), "--classes", str(classes)] + (["--set", *settings] if settings else [])
         inputs = [weights(run), str(data), str(classes)] + ([manifest, str(labels)] if train_on else [])
         results = f"{out}/{run}/results.jsonl"
         steps.append(
@@ -122,11 +130,15 @@ def chain(out: str, ranks: int, preset: str = "demo", seeds: Sequence[int] = SEE
     pairs = [(run_name("mae_wsp", seed), run_name("wsp", seed), seed) for seed in seeds]
     train("mae", "mae")
     for from_mae, from_random, seed in pairs:
-        train("wsp", from_mae, seed, init_from="mae")
-        train("wsp", from_random, seed)
+        train("wsp", from_mae, seed, init_from="mae", alone=not gpus)
+        train("wsp", from_random, seed, alone=not gpus)
     train("lit", "lit", init_from="mae_wsp")
-    for run in ("mae", *(name for pair in pairs for name in pair[:2])):
-        evaluate(run, ("linear", "knn", "lowshot"))
+    for run in ("mae", *pairs[0][:2]):
+        evaluate(run, PROBES)
+    for run in (name for pair in pairs[1:] for name in pair[:2]):
+        evaluate(
+            run, PROBES, settings=("lowshot.methods=linear",)
+        )  # VPT costs more than all else; the first seed has it
     evaluate("lit", ("zeroshot",), train_on=None)
     report = ("python", "-m", "eval", "report", out)
     inputs = (manifest, f"{out}/*/results.jsonl", f"{out}/*/metrics.jsonl", f"{out}/*/config.json")
@@ -400,7 +412,8 @@ class Runner:
                 self.settle(step, code, time.monotonic() - start, log)
             if running and time.monotonic() - said > 10:
                 said = time.monotonic()
-                say("   … " + ", ".join(f"{step.name} {said - start:.0f} s" for step, start, _ in running.values()))
+                for step, start, log in running.values():
+                    say(f"   … {step.name} {said - start:.0f} s: {last_line(log)}")
 
     def prepare(self, step: Step) -> None:
         """Keep what the very same step began; remove what another version of it left."""
@@ -447,6 +460,12 @@ def resolve(command: Sequence[str]) -> list[str]:
     return [sys.executable, str(beside), *port, *rest] if beside.is_file() else [program, *port, *rest]
 
 
+def last_line(log: Path) -> str:
+    """What a command said last: of a line that is written over and over, its newest state."""
+    lines = log.read_bytes()[-2000:].decode(errors="replace").replace("\r", "\n").rstrip().splitlines()
+    return lines[-1] if lines else ""
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -489,7 +508,9 @@ def score_lines(folder: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
-def main(argv: Sequence[str] | None = None, make: Callable[[str, int], list[Step]] = chain, root: Path = ROOT) -> int:
+def main(
+    argv: Sequence[str] | None = None, make: Callable[[str, int, int], list[Step]] = chain, root: Path = ROOT
+) -> int:
     parser = argparse.ArgumentParser(prog="make demo", description="Run the whole chain on the demo corpus.")
     parser.add_argument("--fresh", action="store_true", help="start over: remove the folder first")
     parser.add_argument("--folder", default="runs/demo", help="where everything goes, inside the repository")
@@ -501,7 +522,7 @@ def main(argv: Sequence[str] | None = None, make: Callable[[str, int], list[Step
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = count_gpus()
     ranks = 1 << (min(gpus, 8).bit_length() - 1) if gpus else 2  # a power of two divides the streams of any shard set
-    steps = make(str(folder.relative_to(root.resolve())), ranks)
+    steps = make(str(folder.relative_to(root.resolve())), ranks, gpus)
     ledger = Ledger(root, folder / ".steps")
     if args.list:
         for step in steps:

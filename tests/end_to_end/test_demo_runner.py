@@ -29,7 +29,7 @@ sys.modules["demo_run"] = demo
 spec.loader.exec_module(demo)
 root = Path(sys.argv[1])
 
-def chain(out, ranks):
+def chain(out, ranks, gpus):
     return [
         demo.Step(
             name=step["name"], command=("python", "-c", step["code"]), inputs=tuple(step.get("inputs", ())),
