@@ -89,7 +89,7 @@ def configure(entries: Sequence[Entry], settings: Sequence[str]) -> list[Entry]:
         if not equals:
             raise UsageError(f"--set {setting}: expected key=value, such as --set vpt.steps=20")
         scope, dot, rest = key.partition(".")
-        if dot and scope in names() and scope not in configs:
+        if dot and scope in names() and scope not in configs and not any(key in keys(c) for c in configs.values()):
             raise UsageError(f"--set {setting}: '{scope}' is not among the evaluators asked for: {', '.join(configs)}")
         inside = {scope: rest} if dot and scope in configs else dict.fromkeys(configs, key)
         takers = [name for name, field_ in inside.items() if field_ in keys(configs[name])]

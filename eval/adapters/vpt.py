@@ -25,14 +25,11 @@ class Vpt(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, trunk: VisionTransformer, prompts: int, head: LinearHead, generator: torch.Generator) -> None:
-        """`head` is where the classifier starts; its standardisation stays."""
+    def __init__(self, trunk: VisionTransformer, prompts: Tensor, head: LinearHead) -> None:
+        """`prompts` (depth n D) and `head` are where training starts; the head's standardisation stays."""
         super().__init__()
         self.trunk = trunk.requires_grad_(False)
-        patch, width = trunk.patch_embed.patch_size[0], trunk.embed_dim
-        bound = math.sqrt(6 / (3 * patch * patch + width))  # the paper's: Xavier-uniform of the patch projection
-        start = torch.empty(len(trunk.blocks), prompts, width).uniform_(-bound, bound, generator=generator)
-        self.prompts = nn.Parameter(start.to(head.weight))  # depth n D
+        self.prompts = nn.Parameter(prompts.to(head.weight).clone())
         self.weight = nn.Parameter(head.weight.clone())  # S D
         self.bias = nn.Parameter(head.bias.clone())  # S
         self.register_buffer("mean", head.mean.clone())
@@ -44,28 +41,32 @@ class Vpt(nn.Module):
         self.trunk.eval()  # frozen: no dropout, no drop path
         return self
 
-    @property
-    def blocks(self) -> list[Any]:
-        return list(self.trunk.blocks)
-
     def forward(self, images: Tensor) -> Tensor:
         """Normalised B 3 H W -> B S."""
-        return self.classify(self.features(images))
+        return self.classify(prompted_features(self.trunk, self.prompts, images))
 
     def classify(self, features: Tensor) -> Tensor:
         return F.linear((features - self.mean) / self.scale, self.weight, self.bias)
 
-    def features(self, images: Tensor) -> Tensor:
-        """The class token after the final norm, B D."""
-        trunk: Any = self.trunk
-        x = trunk.patch_embed(images) + trunk.pos_embed[:, 1:]  # B N D
-        cls = (trunk.cls_token + trunk.pos_embed[:, :1]).expand(len(x), 1, -1)
-        x = torch.cat([cls, x], dim=1)  # B 1+N D
-        for number, block in enumerate(self.blocks):
-            asking = x[:, :1] if number == len(self.blocks) - 1 else x
-            x = asking + block.ls1(_attend(block, x, self.prompts[number], asking.shape[1]))
-            x = x + block.ls2(block.mlp(block.norm2(x)))
-        return trunk.norm(x)[:, 0]
+
+def initial_prompts(trunk: VisionTransformer, number: int, generator: torch.Generator) -> Tensor:
+    """depth n D, uniform in the bound that Xavier gives the patch projection (recipes 9.2)."""
+    patch, width = trunk.patch_embed.patch_size[0], trunk.embed_dim
+    bound = math.sqrt(6 / (3 * patch * patch + width))
+    return torch.empty(len(trunk.blocks), number, width).uniform_(-bound, bound, generator=generator)
+
+
+def prompted_features(trunk: Any, prompts: Tensor, images: Tensor) -> Tensor:
+    """The class token after the final norm, B D, of normalised B 3 H W."""
+    x = trunk.patch_embed(images) + trunk.pos_embed[:, 1:]  # B N D
+    cls = (trunk.cls_token + trunk.pos_embed[:, :1]).expand(len(x), 1, -1)
+    x = torch.cat([cls, x], dim=1)  # B 1+N D
+    last = len(trunk.blocks) - 1
+    for number, block in enumerate(trunk.blocks):
+        asking = x[:, :1] if number == last else x
+        x = asking + block.ls1(_attend(block, x, prompts[number], asking.shape[1]))
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    return trunk.norm(x)[:, 0]
 
 
 def _attend(block: Any, x: Tensor, prompts: Tensor, asking: int) -> Tensor:

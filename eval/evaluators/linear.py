@@ -104,12 +104,10 @@ def choose_l2(
         return Choice(strengths[0])
     if not held.any():  # one image a class: nothing to choose on
         return Choice(sorted(strengths)[len(strengths) // 2])
-    tried: list[tuple[float, Choice]] = []  # from strong to weak, each search starting where the last one ended
-    head = None
-    for l2 in sorted(strengths, reverse=True):
+    best, head = Choice(max(strengths)), None
+    for l2 in sorted(strengths, reverse=True):  # each search starts where the stronger one ended
         head = logistic.fit(features[~held], labels[~held], classes, l2, start=head, iterations=iterations)
         top1 = topk(head(features[held]), labels[held], 1)
-        tried.append((top1, Choice(l2, top1, head)))
-        if len(tried) > 2 and max(one[0] for one in tried[-2:]) < max(one[0] for one in tried[:-2]):  # past the top
-            break
-    return max(tried, key=lambda one: one[0])[1]
+        if best.top1 is None or top1 > best.top1:
+            best = Choice(l2, top1, head)
+    return best
