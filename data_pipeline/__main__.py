@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from data_pipeline.errors import DataError, UsageError, UserError
 
-INTERRUPTED = 130
+INTERRUPTED: Final = 130
+WORTH_A_POOL: Final = 1 << 30  # bytes to check: less is done before other processes have started
 
 
 class Parser(argparse.ArgumentParser):
@@ -191,7 +192,8 @@ def _inspect(options: argparse.Namespace) -> int:
     shards, printer = ShardSet.open(options.shards), Printer()
     print_counts(printer, shards.manifest)
     print_labels(printer, shards.vocabulary, options.top)
-    with LocalRunner(options.workers or usable_cpus()) as runner:
+    size = sum(shard["bytes"] for shard in shards.manifest["shards"])
+    with LocalRunner(options.workers or (usable_cpus() if size > WORTH_A_POOL else 1)) as runner:
         problems = check(shards, runner)
     if problems:
         for problem in problems:

@@ -28,6 +28,7 @@ from data_pipeline.resample import CAP, EPOCH_FACTOR, Repeats
 from data_pipeline.runners import Call, Runner
 from data_pipeline.sources import Sources, discover
 from data_pipeline.steps import Settings, Work
+from data_pipeline.summary import clean
 from data_pipeline.wordnet import archive_sha256, open_wordnet
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ WORK: Final = ".work"
 PARTITION_ROWS: Final = 100_000  # records that one `merge` task sorts in memory
 MAX_PARTITIONS: Final = 256  # one byte of the hash
 FILES_PER_CALL: Final = 500
+SHOWN: Final = 10  # skipped files on the terminal
 OURS: Final = re.compile(r"manifest\.json|vocabulary\.parquet|shards|\.work|\.[a-z.]+\.\d+\.tmp")
 WAYS_OUT: Final = "choose another --output, or replace it with --overwrite"
 
@@ -55,11 +57,15 @@ def build(
 ) -> tuple[dict[str, Any], bool]:
     """The manifest, and whether there was anything to do. The rows per partition change the speed, not the bytes."""
     sources = discover(inputs, output)
-    for name, why in sources.skipped:
-        log.info("skipped %s: %s", name, why)
+    for name, why in sources.skipped[:SHOWN]:
+        log.info("skipped %s: %s", clean(name), clean(why))
+    if len(sources.skipped) > SHOWN:
+        log.info("skipped %s more files; the manifest names them", f"{len(sources.skipped) - SHOWN:,}")
     identity = _identity(sources, settings, runner)
     existed = output.is_dir()
     up_to_date = _up_to_date(output, identity, overwrite)
+    if up_to_date and not (output / WORK).exists():
+        return shardset.read_manifest(output)[0], False
     with _locked(output):
         work = Work(output / WORK)
         if up_to_date:
@@ -100,18 +106,18 @@ def check(shards: shardset.ShardSet, runner: Runner) -> list[str]:
 def _identity(sources: Sources, settings: Settings, runner: Runner) -> dict[str, Any]:
     """What the output is a function of."""
     lists = [files[n : n + FILES_PER_CALL] for _, files in sources.files for n in range(0, len(files), FILES_PER_CALL)]
-    owner = [name for name, files in sources.files for _ in range(0, len(files), FILES_PER_CALL)]
+    owner = [number for number, (_, files) in enumerate(sources.files) for _ in range(0, len(files), FILES_PER_CALL)]
     found: list[list[tuple[str, int, str]]] = [[] for _ in lists]
     with progress("hashing the input", sum(map(len, lists)), "files") as counter:
         for position, result in runner.run([Call(steps.hash_files, (files,)) for files in lists]):
             found[position] = result
             counter.advance(len(result))
-    by_input: dict[str, list[tuple[str, int, str]]] = {}
-    for name, result in zip(owner, found, strict=True):
-        by_input.setdefault(name, []).extend(result)
+    by_input: list[list[tuple[str, int, str]]] = [[] for _ in sources.files]
+    for number, result in zip(owner, found, strict=True):
+        by_input[number].extend(result)
     return {
         "parameters": asdict(settings),
-        "inputs": [_input(name, files) for name, files in by_input.items()],
+        "inputs": [_input(name, files) for (name, _), files in zip(sources.files, by_input, strict=True)],
         "skipped_inputs": [{"path": _printable(name), "why": why} for name, why in sources.skipped],
         "wordnet_sha256": archive_sha256(),
         "versions": {name: metadata.version(name) for name in ("pyarrow", "pillow")},
@@ -185,8 +191,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
             yield f"the input {path} is new"
         elif files_before[path] != files_after[path]:
             yield f"the input {path} has changed"
-    if list(files_before) != list(files_after) and files_before.keys() == files_after.keys():
-        yield "the order of the inputs is another"
+    if old.get("inputs") != new["inputs"] and files_before == files_after:
+        yield "the inputs come in another order or number"
     for name in ("wordnet_sha256", "versions"):
         if old.get(name) != new[name]:
             yield f"{name} was {old.get(name)}, now {new[name]}"

@@ -299,7 +299,9 @@ def _image(row: dict[str, Any]) -> bytes:
             file.seek(row["image_offset"])
             data = file.read(row["image_size"])
     except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror}), which was there when the build began") from None
+        raise DataError(
+            f"cannot read {path} ({error.strerror}), which was there when the build began; start over with --overwrite"
+        ) from None
     if hashlib.sha256(data).digest() != row["image_sha256"]:
         raise DataError(f"{path} changed while the build was running; start over with --overwrite")
     return data

@@ -35,6 +35,7 @@ class Printer:
             title_justify="left",
             box=box.SIMPLE_HEAD if self.tty else None,
             pad_edge=False,
+            show_header=any(columns),
         )
         for position, column in enumerate(columns):
             table.add_column(column, justify="right" if position in right else "left", overflow="fold")
@@ -67,6 +68,7 @@ def print_counts(printer: Printer, manifest: dict[str, Any]) -> None:
         ("mean repeat", f"{resampling['mean_repeat']:.3f}", f"{resampling['method']}, {_threshold(resampling)}"),
         ("samples per epoch", round(resampling["samples_per_epoch"]), "after resampling"),
         ("shards", len(manifest["shards"]), _bytes(sum(shard["bytes"] for shard in manifest["shards"]))),
+        ("other files", len(manifest["skipped_inputs"]), "of the input, skipped: no captioned images"),
         ("hashtags", counts["hashtags"], "on all captions read"),
         ("  nouns of WordNet", counts["mapped_hashtags"], share(counts["mapped_hashtags"], counts["hashtags"])),
         ("  with several senses", counts["ambiguous_hashtags"], "took the first"),
