@@ -1,14 +1,14 @@
 """Checkpoints of a run: written whole or not at all, checked by hash, readable on any number of ranks.
 
-    RUN/checkpoints/step_0000500/rank_00000.safetensors   each rank's partition of weights and moments, by parameter name
+    RUN/checkpoints/step_0000500/rank_00000.safetensors   each rank's part of weights and moments, by name
                                  state.json               step, ranks, the order's identity
                                  manifest.json            size and sha256 of the above
     RUN/checkpoints/latest                                moved last
 
 The tensors are safetensors under parameter names, not DeepSpeed's pickles: nothing is executed when a checkpoint is
 read, a parameter's flat partitions can be cut anew for another number of ranks, and DeepSpeed's universal form with its
-two faults in 0.19.8 (hyper-parameters of group 0 everywhere, one shared step count) is not needed. Frozen parameters are
-not saved: they come from the release a stage starts from, which the run's config names with its hash.
+two faults in 0.19.8 (hyper-parameters of group 0 everywhere, one shared step count) is not needed. Frozen parameters
+are not saved: they come from the release a stage starts from, which the run's config names with its hash.
 """
 
 import json

@@ -56,9 +56,8 @@ def ds_config(cfg: EngineConfig, device: str) -> dict[str, Any]:
     name = cfg.ds_config if cfg.ds_config != "auto" else "zero3" if device == "cuda" else "zero3_cpu"
     path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
     if not path.is_file():
-        raise ConfigError(
-            f"engine.ds_config={cfg.ds_config}: there is no {path}; {nearest(name, [p.stem for p in DS_CONFIGS.glob('*.json')])}"
-        )
+        known = sorted(p.stem for p in DS_CONFIGS.glob("*.json"))
+        raise ConfigError(f"engine.ds_config={cfg.ds_config}: there is no {path}; {nearest(name, known)}")
     config = load_json(path)
     for key, ours in OURS.items():
         if key in config:
@@ -81,7 +80,8 @@ def accumulation(cfg: OptimConfig, world: int) -> tuple[int, int]:
     if per_rank % micro:
         unit = world * micro
         raise ConfigError(
-            f"optim.batch_size={cfg.batch_size} must be a multiple of {unit} ({world} ranks x optim.micro_batch={micro}); "
+            f"optim.batch_size={cfg.batch_size} must be a multiple of {unit} "
+            f"({world} ranks x optim.micro_batch={micro}); "
             f"try {-(-cfg.batch_size // unit) * unit}"
         )
     return micro, per_rank // micro

@@ -53,5 +53,7 @@ def table(module: nn.Module, rules: Rules) -> list[tuple[str, str, int, int]]:
         count[pattern][0] += 1
         count[pattern][1] += getattr(param, "ds_numel", param.numel())
     return [
-        (p, "frozen" if t is None else f"decay x{t.decay:g}, lr x{t.lr:g}", *count[p]) for p, t in rules if count[p][0]
+        (p, "frozen" if t is None else f"decay x{t.decay:g}, lr x{t.lr:g}", count[p][0], count[p][1])
+        for p, t in rules
+        if count[p][0]
     ]

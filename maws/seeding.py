@@ -1,4 +1,4 @@
-"""Named random streams: every use draws from (seed, name, numbers), so a step's randomness does not depend on the past."""
+"""Named random streams: every use draws from (seed, name, numbers), so no step's randomness depends on the past."""
 
 import hashlib
 

@@ -1,7 +1,7 @@
 """Train one stage, from a shard set to a release.
 
     deepspeed maws/train.py --stage mae --preset demo --run runs/mae data.shards=shards/ optim.lr=1e-3
-    python maws/train.py --stage wsp --preset demo --init-from runs/mae --run runs/mae_wsp --resume auto data.shards=shards/
+    python maws/train.py --stage wsp --preset demo --init-from runs/mae --run runs/wsp --resume auto data.shards=shards/
 
 Exit codes: 0 done, 1 failure, 2 usage, 75 asked to stop and saved (requeue me), 130 Ctrl-C.
 """
@@ -129,7 +129,7 @@ def finished(run: Path, cfg: TrainConfig, shards: str) -> bool:
 
 
 def claim(run: Path, resume: str | None) -> Path | None:
-    """The checkpoint to continue from. Raises ConfigError when the folder holds a run and nobody said to continue it."""
+    """The checkpoint to continue from. Raises ConfigError when the folder holds a run that nobody said to continue."""
     if resume:
         return checkpoint.find(run, resume)
     if checkpoint.complete(run / "checkpoints"):
@@ -198,7 +198,7 @@ def announce(
         runtime.device.type, runtime.precision,
     )  # fmt: skip
     log.info(
-        "batch %d = %d ranks x %d images x %d micro-steps, %d streams; %d steps (%s; an epoch has %d), warm-up %d, lr %.3g",
+        "batch %d = %d ranks x %d images x %d micro-steps, %d streams; %d steps (%s; %d an epoch), warm-up %d, lr %.3g",
         cfg.optim.batch_size, world.size, runtime.micro, runtime.accumulate, streams, plan.total, cfg.optim.length,
         plan.steps_per_epoch, plan.warmup, cfg.optim.peak_lr,
     )  # fmt: skip

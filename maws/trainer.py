@@ -98,8 +98,8 @@ class Progress:
 
 
 def train(
-    engine: Engine, batches: Iterator[Batch], cfg: TrainConfig, plan: Plan, run: Path, start: int, facts: dict[str, Any],
-    samples: int, stop: StopSignal,
+    engine: Engine, batches: Iterator[Batch], cfg: TrainConfig, plan: Plan, run: Path, start: int,
+    facts: dict[str, Any], samples: int, stop: StopSignal,
 ) -> None:  # fmt: skip
     """Steps [start, plan.total). `facts` go into every checkpoint, `samples` is what the budget of bad ones is of.
 

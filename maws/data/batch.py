@@ -8,26 +8,41 @@ from typing import NotRequired, TypedDict
 from torch import Tensor
 
 
-class Batch(TypedDict):
-    """One step's samples on one rank; every stage has `image` and `keys`, the rest as its objective needs."""
-
-    keys: list[str]
-    image: Tensor  # B 3 H W, uint8; normalised on the device
-    ids_shuffle: NotRequired[Tensor]  # B N, a permutation of patches whose first ones are visible
-    synset_ids: NotRequired[Tensor]  # B M, label indices padded with -1
-    mix_with: NotRequired[Tensor]  # B, index of the sample that is mixed in
-    mix_weight: NotRequired[Tensor]  # B, weight of the sample's own pixels
-    token_ids: NotRequired[Tensor]  # B T
-    token_mask: NotRequired[Tensor]  # B T, 1 = a token
-    bad: list["BadSample"]  # samples that could not be read and were replaced
-
-
 class BadSample(TypedDict):
     """A sample that was left out, for quarantine.jsonl."""
 
     key: str
     shard: str
     reason: str
+
+
+class Batch(TypedDict):
+    """One step's samples on one rank; each stage adds what its objective needs."""
+
+    keys: list[str]
+    image: Tensor  # B 3 H W, uint8; normalised on the device
+    bad: list[BadSample]  # samples that could not be read and were replaced
+
+
+class MaskedBatch(Batch):
+    """For masked_pixels."""
+
+    ids_shuffle: Tensor  # B N, a permutation of patches whose first ones are visible
+
+
+class LabelledBatch(Batch):
+    """For multi_label."""
+
+    synset_ids: Tensor  # B M, label indices padded with -1
+    mix_with: NotRequired[Tensor]  # B, index of the sample that is mixed in
+    mix_weight: NotRequired[Tensor]  # B, weight of the sample's own pixels and synsets
+
+
+class PairBatch(Batch):
+    """For contrastive."""
+
+    token_ids: Tensor  # B T
+    token_mask: Tensor  # B T, 1 = a token
 
 
 Losses = dict[str, Tensor]

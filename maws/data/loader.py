@@ -53,9 +53,7 @@ class LoadImage:
 class StepDataset(Dataset[Batch]):
     """Step number to batch."""
 
-    def __init__(
-        self, order: Order, part: Part, load: Load, finish: Callable[[Batch, int], Batch] | None = None
-    ) -> None:
+    def __init__(self, order: Order, part: Part, load: Load, finish: Callable[[Any, int], Batch] | None = None) -> None:
         order.check_world(part.world)
         self.order, self.part, self.load, self.finish = order, part, load, finish
 

@@ -10,7 +10,8 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -112,7 +113,7 @@ class Order:
         return [self.item(s, step, i) for s in own for i in range(self.per_stream)]
 
     def item(self, stream_number: int, step: int, place: int, skip: int = 0) -> Item:
-        """Visit number `place` of one stream in one step, or the one `skip` further on (for a sample that is broken)."""
+        """Visit number `place` of one stream in one step, or the one `skip` further on (where a sample is broken)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         return self._stream_epoch(stream_number, epoch)[step_in_epoch * self.per_stream + place + skip]
 
@@ -122,7 +123,7 @@ class Order:
 
     @property
     def identity(self) -> str:
-        """A hash of everything the order depends on; kept in checkpoints so that a run never goes on in another order."""
+        """A hash of everything the order depends on; a checkpoint keeps it, so that no run goes on in another order."""
         facts = (
             self.shards.sha256,
             self.seed,
@@ -162,7 +163,7 @@ class Order:
         self._cache[shard] = _Rows(chosen, keys, hash_keys(keys), repeat)
         return self._cache[shard]
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": OrderedDict(), "_epochs": OrderedDict()}
 
 
@@ -210,7 +211,7 @@ def cut(counts: np.ndarray, streams: int) -> list[list[Segment]]:
     """Share rows between streams: contiguous runs whose sizes differ by at most one, whatever the shards' sizes."""
     ends = np.cumsum(counts)
     bounds = [int(ends[-1]) * s // streams for s in range(streams + 1)]
-    return [list(_segments(ends, counts, a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [list(_segments(ends, counts, a, b)) for a, b in pairwise(bounds)]
 
 
 def _segments(ends: np.ndarray, counts: np.ndarray, start: int, stop: int) -> Iterator[Segment]:

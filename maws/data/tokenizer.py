@@ -29,7 +29,7 @@ _MENTION = re.compile(r"(?<!\w)@\w+")
 
 
 def clean_caption(text: str) -> str:
-    """Unescape HTML, drop URLs and @mentions, keep a hashtag's word without its sign (recipes §5.2-10, a suggestion)."""
+    """Unescape HTML, drop URLs and @mentions, keep a hashtag's word without its sign (recipes §5.2-10)."""
     text = html.unescape(text[:MAX_CAPTION])
     text = _MENTION.sub(" ", _URL.sub(" ", text))
     return " ".join(text.replace("#", " ").split())
@@ -50,7 +50,7 @@ class CaptionTokenizer:
         return self.pieces.get_piece_size() + 2
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask, both B T with T = context + 2: cut to `context` pieces, <s> before, </s> after."""
+        """Token ids and attention mask, both B T, T = context + 2: at most `context` pieces between <s> and </s>."""
         ids = torch.full((len(captions), self.context + 2), PAD)
         for row, pieces in zip(ids, self.pieces.encode(list(captions)), strict=True):
             known = [p + 1 if p else UNKNOWN for p in pieces[: self.context]]
@@ -76,7 +76,7 @@ class PretrainedTokenizer:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as e:
             raise ConfigError(
-                f"text.pretrained={name}: no tokenizer could be loaded from it ({e}); give a local folder that has one, "
+                f"text.pretrained={name}: no tokenizer could be loaded from it ({e}); give a local folder, "
                 f"or leave text.pretrained empty to train a small tokenizer from the captions"
             ) from None
 

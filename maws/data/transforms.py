@@ -38,7 +38,8 @@ class Preprocess:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Preprocess":
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values = values | {k: tuple(values[k]) for k in ("mean", "std")}
+        return cls(**values)
 
 
 def normalise(images: Tensor, preprocess: Preprocess) -> Tensor:

@@ -91,7 +91,7 @@ class WidthNormal:
 
 @dataclass(frozen=True)
 class XavierUniform:
-    """Glorot's uniform; axes after the first count as one, so a patch convolution is treated as the linear map it is."""
+    """Glorot's uniform; axes after the first count as one: a patch convolution is treated as the linear map it is."""
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
         bound = self._bound(shape)

@@ -65,7 +65,8 @@ class PatchEmbed(TimmPatchEmbed):
 
     def __init__(self, *args: Any, in_chans: int = 3, embed_dim: int = 768, bias: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, in_chans=in_chans, embed_dim=embed_dim, bias=bias, **kwargs)
-        self.proj = PatchProjection(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size, bias=bias)
+        patch = int(self.patch_size[0])
+        self.proj = PatchProjection(in_chans, embed_dim, kernel_size=patch, stride=patch, bias=bias)
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Embed B 3 H W as B N D, or B K D for the patches in `ids_keep`."""
@@ -75,6 +76,9 @@ class PatchEmbed(TimmPatchEmbed):
 
 class VisionTransformer(TimmVisionTransformer):
     """timm's ViT that returns all tokens and can encode only the visible patches, as MAE does (He et al., 2021, §3)."""
+
+    cls_token: nn.Parameter  # timm makes both optional; here they are always there
+    pos_embed: nn.Parameter
 
     def __init__(self, shape: Shape, image_size: int, drop_path: float = 0.0, checkpoint_blocks: bool = False) -> None:
         super().__init__(
@@ -113,7 +117,7 @@ class VisionTransformer(TimmVisionTransformer):
         return self.norm(x)
 
     def init_rules(self, prefix: str = "") -> InitRules:
-        """MAE's initial values (recipes §2.4); the position table is sine-cosine, frozen or trained as the stage says."""
+        """MAE's initial values (recipes §2.4); the stage says whether the sine-cosine position table is trained."""
         grid, width, patch = self.grid, self.shape.width, self.shape.patch
         p = prefix.replace(".", r"\.")
         return [

@@ -1,1 +1,1 @@
-"""Objectives: a network and its loss in one module, batch in, dict of losses out; `loss` is trained, the rest is logged."""
+"""Objectives: a network and its loss in one module; a batch in, losses out: `loss` is trained, the rest is logged."""

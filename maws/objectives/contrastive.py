@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from maws.data.batch import Batch, Losses
+from maws.data.batch import Losses, PairBatch
 from maws.dist import all_gather_with_grad, rank
 from maws.models.init import InitRules
 from maws.models.two_tower import TwoTower
@@ -21,7 +21,7 @@ class Contrastive(nn.Module):
         super().__init__()
         self.towers, self.mean, self.std = towers, mean, std
 
-    def forward(self, batch: Batch) -> Losses:
+    def forward(self, batch: PairBatch) -> Losses:
         images = normalise(batch["image"], self.mean, self.std)
         dtype = self.towers.image.cls_token.dtype
         image, text, scale = self.towers(images.to(dtype), batch["token_ids"], batch["token_mask"])

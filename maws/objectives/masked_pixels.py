@@ -6,7 +6,7 @@ Axes: B images, N patches, M masked patches, P values of a patch.
 import torch
 from torch import Tensor, nn
 
-from maws.data.batch import Batch, Losses
+from maws.data.batch import Losses, MaskedBatch
 from maws.models.init import InitRules
 from maws.models.mae import MaskedAutoencoder, normalise_patches, patchify, unpatchify
 from maws.models.vit import normalise
@@ -23,7 +23,7 @@ class MaskedPixels(nn.Module):
         self.autoencoder, self.keep, self.norm_pix = autoencoder, keep, norm_pix
         self.mean, self.std = mean, std
 
-    def forward(self, batch: Batch) -> Losses:
+    def forward(self, batch: MaskedBatch) -> Losses:
         images = normalise(batch["image"], self.mean, self.std)  # B 3 H W, float32
         ids_shuffle = batch["ids_shuffle"]  # B N, the first `keep` visible
         prediction = self.autoencoder(images.to(self.autoencoder.cls_token.dtype), ids_shuffle, self.keep)  # B M P

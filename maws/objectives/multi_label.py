@@ -5,7 +5,7 @@ Axes: B images, S synsets of the vocabulary, M most synsets of an image, D width
 
 from torch import Tensor, nn
 
-from maws.data.batch import Batch, Losses
+from maws.data.batch import LabelledBatch, Losses
 from maws.models.init import Constant, FanInNormal, InitRules
 from maws.models.vit import VisionTransformer, normalise
 
@@ -31,12 +31,11 @@ class MultiLabel(nn.Module):
         """Scores (B S) of normalised images."""
         return self.head(self.backbone(images)[:, 0])
 
-    def forward(self, batch: Batch) -> Losses:
+    def forward(self, batch: LabelledBatch) -> Losses:
         images = normalise(batch["image"], self.mean, self.std)
         ids = batch["synset_ids"]  # B M, padded with -1, never all padding
-        mix = batch.get("mix_weight")  # B, the weight of the image's own pixels and synsets
+        mix, other = batch.get("mix_weight"), batch.get("mix_with")  # B, weight of the image itself; B, who is mixed in
         if mix is not None:
-            other = batch["mix_with"]  # B, which image of the batch is mixed in
             weight = mix.view(-1, 1, 1, 1)
             images = weight * images + (1 - weight) * images[other]
         log_prob = self.logits(images.to(self.backbone.cls_token.dtype)).float().log_softmax(dim=1)  # B S, float32

@@ -25,7 +25,7 @@ from maws.config import (
     OptimConfig,
     TrainConfig,
 )
-from maws.data.batch import Batch
+from maws.data.batch import LabelledBatch
 from maws.data.loader import LoadImage, Sample, StepDataset, make_order
 from maws.data.order import Item, Order, Part
 from maws.models.init import Gather
@@ -92,7 +92,7 @@ class Mix:
     order: Order
     part: Part
 
-    def __call__(self, batch: Batch, step: int) -> Batch:
+    def __call__(self, batch: LabelledBatch, step: int) -> LabelledBatch:
         n, per_stream = len(batch["keys"]), self.order.per_stream
         place = np.arange(n)
         neighbour = place - place % per_stream + (place + 1) % per_stream
