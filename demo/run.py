@@ -86,7 +86,7 @@ class Stopped(BaseException):
 def chain(out: str, ranks: int, gpus: int = 0, preset: str = "demo", seeds: Sequence[int] = SEEDS) -> list[Step]:
     """All steps in order. `out` is the folder of the demo, `ranks` how many processes train together.
 
-    Without GPUs the four WSP runs have one process each, two at a time: on two cores that is faster than two ranks each.
+    Without GPUs the four WSP runs have one process each, two at a time: on two cores faster than two ranks each.
     """
     vendors = [name for name in glob.glob(str(EMOJI / "*.parquet"), root_dir=ROOT) if not _is_label_file(name)]
     shards, manifest = f"{out}/shards", f"{out}/shards/manifest.json"
