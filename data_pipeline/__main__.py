@@ -15,7 +15,6 @@ from typing import Final, NoReturn
 from data_pipeline.errors import DataError, UsageError, UserError
 
 INTERRUPTED: Final = 130
-WORTH_A_POOL: Final = 1 << 30  # bytes to check: less is done before other processes have started
 
 
 class Parser(argparse.ArgumentParser):
@@ -184,7 +183,7 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from data_pipeline.build import check
+    from data_pipeline.build import WORTH_A_POOL, check
     from data_pipeline.runners.local import LocalRunner, usable_cpus
     from data_pipeline.shardset import ShardSet
     from data_pipeline.summary import Printer, print_counts, print_labels, print_repeats

@@ -37,6 +37,7 @@ WORK: Final = ".work"
 PARTITION_ROWS: Final = 100_000  # records that one `merge` task sorts in memory
 MAX_PARTITIONS: Final = 256  # one byte of the hash
 FILES_PER_CALL: Final = 500
+WORTH_A_POOL: Final = 1 << 30  # bytes to hash: less is done before other processes have started
 SHOWN: Final = 10  # skipped files on the terminal
 OURS: Final = re.compile(r"manifest\.json|vocabulary\.parquet|shards|\.work|\.[a-z.]+\.\d+\.tmp")
 WAYS_OUT: Final = "choose another --output, or replace it with --overwrite"
@@ -108,8 +109,11 @@ def _identity(sources: Sources, settings: Settings, runner: Runner) -> dict[str,
     lists = [files[n : n + FILES_PER_CALL] for _, files in sources.files for n in range(0, len(files), FILES_PER_CALL)]
     owner = [number for number, (_, files) in enumerate(sources.files) for _ in range(0, len(files), FILES_PER_CALL)]
     found: list[list[tuple[str, int, str]]] = [[] for _ in lists]
+    calls = [Call(steps.hash_files, (files,)) for files in lists]
+    size = sum(path.stat().st_size for files in lists for _, path in files)
+    results = runner.run(calls) if size > WORTH_A_POOL else ((number, call()) for number, call in enumerate(calls))
     with progress("hashing the input", sum(map(len, lists)), "files") as counter:
-        for position, result in runner.run([Call(steps.hash_files, (files,)) for files in lists]):
+        for position, result in results:
             found[position] = result
             counter.advance(len(result))
     by_input: list[list[tuple[str, int, str]]] = [[] for _ in sources.files]
