@@ -341,8 +341,9 @@ def _zero_shot(folder: Folder, path: Path) -> Pictures:
         return Pictures(missing=Markup("The evaluation data of the zero-shot result is no longer where it was."))
     templates = str(result.config.get("zeroshot", {}).get("templates", "default"))
     items = report_pictures.guesses(runs[result.run].folder, data, templates, GUESSES)
-    words = f"Run {result.run}: {100 * result.value:.1f} % of {result.n:,} pictures are right, half of those shown."
-    return Pictures(items, words if any(item.is_right for item in items) else words.replace("half", "none"))
+    words = f"Run {result.run}: {100 * result.value:.1f} % of {result.n:,} pictures are right, "
+    words += f"{sum(item.is_right for item in items)} of the {len(items)} shown."
+    return Pictures(items, words)
 
 
 def _evaluation_data(results: Sequence[Result]) -> "Data | None":
