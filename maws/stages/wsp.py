@@ -130,7 +130,7 @@ PRESETS = {
         model=ModelConfig(variant="nano"),
         data=DataConfig(crop_scale=(0.5, 1.0)),
         optim=OptimConfig(
-            batch_size=128, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0,
+            batch_size=64, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0,
             schedule="linear", warmup=Duration(5, "percent"), length=Duration(150, "steps"),
         ),
     ),
