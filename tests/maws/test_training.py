@@ -14,6 +14,8 @@ from maws.checkpoint import CheckpointError
 from maws.release import load_image_tower, load_masked_autoencoder, load_tokenizer, load_two_tower, open_release
 from maws.train import main
 
+pytestmark = pytest.mark.timeout(600)  # real processes: seconds on an idle machine, minutes on a busy one
+
 LONGER = ["optim.length=40 steps", "log.every=1"]
 
 
