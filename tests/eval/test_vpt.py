@@ -93,7 +93,7 @@ def encoder_and_shots(trunk):
 def test_training_fits_the_shots_and_leaves_the_trunk_alone(trunk, head):
     encode, images, labels = encoder_and_shots(trunk)
     before = {name: value.clone() for name, value in trunk.state_dict().items()}
-    cfg = VptConfig(steps=60, batch=20, flip=False)
+    cfg = VptConfig(steps=60, batch=20, lr=1e-2, head_lr=0.3, flip=False)
     model = train_vpt(encode, Vpt(trunk, start(trunk, 8), head), images, labels, cfg, seed=0)
     untrained = Vpt(trunk, start(trunk, 8), head)
     shots = encode.prepare(images)

@@ -89,18 +89,17 @@ def test_two_ranks_train_like_one_process_and_a_killed_run_resumes_on_one_rank(t
 
 @pytest.mark.parametrize(("stage", "ranks"), [("mae", 2), ("wsp", 1), ("lit", 1)])
 def test_a_killed_run_goes_on_as_if_it_had_never_stopped(stage, ranks, trained, shards_path, tmp_path, start):
-    source = {"mae": [], "wsp": ["--init-from", str(trained["mae"])], "lit": ["--init-from", str(trained["wsp"])]}[
-        stage
-    ]
+    before = {"wsp": "mae", "lit": "wsp"}.get(stage)
+    source = ["--init-from", str(trained[before])] if before else []
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    codes, printed = start(arguments(stage, straight, shards_path, *source[stage], *LONGER), ranks=ranks).wait()
+    codes, printed = start(arguments(stage, straight, shards_path, *source, *LONGER), ranks=ranks).wait()
     assert codes == [0] * ranks, printed
-    training = start(arguments(stage, killed, shards_path, *source[stage], *LONGER), ranks=ranks)
+    training = start(arguments(stage, killed, shards_path, *source, *LONGER), ranks=ranks)
     training.wait_for_steps(killed, 12)
     training.signal(signal.SIGKILL)
     training.wait()
     assert not (killed / "release").exists()
-    again = arguments(stage, killed, shards_path, *source[stage], *LONGER, "--resume", "auto")
+    again = arguments(stage, killed, shards_path, *source, *LONGER, "--resume", "auto")
     codes, printed = start(again, ranks=ranks).wait()
     assert codes == [0] * ranks and "resumed from" in printed, printed
     assert losses(killed) == losses(straight)  # to the bit
