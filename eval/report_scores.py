@@ -212,7 +212,8 @@ def _differences(
         ]
         if both:
             difference = [a - b for _, a, b in both]
-            interval = t_interval(difference, SEEDS) if len(difference) > 1 else None
+            spread = max(difference) - min(difference) > 1e-9  # equal differences say nothing of the noise between seeds
+            interval = t_interval(difference, SEEDS) if spread else None
             found.append(Difference(*key, tuple(seed for seed, _, _ in both), tuple(difference), interval))
     return found
 
@@ -240,7 +241,8 @@ def verdict(table: ScoreTable, steps: int | None = None) -> str:
     pairs = "1 pair of runs" if len(main.values) == 1 else f"mean of {len(main.values)} pairs, same training seed"
     start = f"{equal}, MAE→WSP is {direction} WSP in {what} ({pairs})"
     if main.interval is None:
-        end = "; one pair has no interval over seeds, so this is an observation, not a finding."
+        why = "one pair has" if len(main.values) == 1 else "equal differences have"
+        end = f"; {why} no interval over seeds, so this is an observation, not a finding."
     else:
         bounds = f"95 % t-interval {100 * main.interval.low:+.1f} to {100 * main.interval.high:+.1f}"
         if main.is_clear:

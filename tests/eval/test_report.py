@@ -188,6 +188,11 @@ def test_one_pair_is_an_observation():
     assert "an observation, not a finding" in compared((0.5, 0.1))
 
 
+def test_equal_differences_say_nothing_of_the_noise_between_seeds():
+    text = compared((0.40, 0.37), (0.41, 0.38))
+    assert "equal differences have no interval over seeds" in text and "larger than the noise" not in text
+
+
 def test_runs_of_unequal_length_or_seed_are_not_compared():
     ours, theirs = Entrant("a", ("mae", "wsp"), 0, "x", 100), Entrant("b", ("wsp",), 0, "y", 200)
     results = [result("a", 0.5, lineage=("mae", "wsp")), result("b", 0.4)]
