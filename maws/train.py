@@ -87,7 +87,7 @@ def run_stage(args: argparse.Namespace, stop: StopSignal) -> int:
     record = remember(run, args, cfg, lineage, shards.sha256)
 
     with runtime.partitioned():
-        objective = stage.objective(cfg)
+        objective = stage.objective(cfg, shards)
     rules = objective.init_rules()  # type: ignore[operator]
     init.fill(objective, rules, cfg.seed, runtime.gather, writer=dist.rank() == 0)
     init.check(objective, rules, runtime.gather)

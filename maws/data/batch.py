@@ -1,6 +1,6 @@
 """What a batch holds and what an objective returns.
 
-Axes: B samples of this rank, N patches, M most synsets of a sample, T tokens.
+Axes: B samples of this rank, N patches, K visible patches, M most synsets of a sample, T tokens.
 """
 
 from typing import NotRequired, TypedDict
@@ -34,6 +34,7 @@ class LabelledBatch(Batch):
     """For multi_label."""
 
     synset_ids: Tensor  # B M, label indices padded with -1
+    ids_keep: NotRequired[Tensor]  # B K, the patches that the image tower sees; all where it is not there
     mix_with: NotRequired[Tensor]  # B, index of the sample that is mixed in
     mix_weight: NotRequired[Tensor]  # B, weight of the sample's own pixels and synsets
 

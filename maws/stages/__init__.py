@@ -33,7 +33,7 @@ class Stage(Protocol):
     def prepare(self, cfg: Any, shards: ShardSet, run: Path) -> Any:
         """Fill in what follows from the data (number of synsets, tokenizer). All ranks call it."""
 
-    def objective(self, cfg: Any) -> nn.Module: ...
+    def objective(self, cfg: Any, shards: ShardSet) -> nn.Module: ...
 
     def initialise(self, objective: Any, cfg: Any, gather: Gather) -> None:
         """Load what the stage starts from; parameters have their random initial values already."""

@@ -75,7 +75,7 @@ def prepare(cfg: Config, shards: ShardSet, run: Path) -> Config:
     return dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocabulary=tokenizer.vocabulary))
 
 
-def objective(cfg: Config) -> Contrastive:
+def objective(cfg: Config, shards: ShardSet) -> Contrastive:
     m = cfg.model
     image = build_vit(m.variant, image_side(m), m.drop_path, m.checkpoint_blocks, seed=None)
     return Contrastive(

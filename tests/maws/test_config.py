@@ -73,9 +73,9 @@ def test_schedules_equal_their_formula():
     assert cosine(110) == pytest.approx(0)
 
 
-def test_biases_norms_and_tokens_are_not_decayed_and_mae_positions_are_frozen():
+def test_biases_norms_and_tokens_are_not_decayed_and_mae_positions_are_frozen(shards):
     module = stages.load("mae")
-    objective = module.objective(DEBUG)
+    objective = module.objective(DEBUG, shards)
     groups = optim.groups(objective, module.param_rules(DEBUG), lr=1.0, weight_decay=0.05)
     names = {id(p): n for n, p in objective.named_parameters()}
     undecayed = {names[id(p)] for g in groups if g["weight_decay"] == 0 for p in g["params"]}

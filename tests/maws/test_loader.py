@@ -9,7 +9,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.images import BadImage
 from data_pipeline.shardset import ShardSet
 from maws import stages
-from maws.config import DataConfig, override
+from maws.config import ConfigError, DataConfig, override
 from maws.data import loader
 from maws.data.loader import LoadImage, StepDataset, batches
 from maws.data.masks import random_mask, visible_patches
@@ -18,9 +18,10 @@ from maws.data.transforms import Preprocess, crop_box, random_resized_crop
 from maws.trainer import Quarantine
 
 
-def dataset(stage: str, shards: ShardSet, tmp_path, part: Part = Part()) -> StepDataset:
+def dataset(stage: str, shards: ShardSet, tmp_path, part: Part = Part(), settings=()) -> StepDataset:
     module = stages.load(stage)
-    cfg = module.prepare(override(module.PRESETS["debug"], [f"data.shards={shards.path}"]), shards, tmp_path)
+    cfg = override(module.PRESETS["debug"], [f"data.shards={shards.path}", *settings])
+    cfg = module.prepare(cfg, shards, tmp_path)
     return module.dataset(cfg, shards, tmp_path, part)
 
 
@@ -37,6 +38,15 @@ def test_two_ranks_together_load_what_one_process_loads(stage, shards, tmp_path)
         assert torch.equal(half["image"][j], whole["image"][i])
         if stage == "mae":
             assert torch.equal(half["ids_shuffle"][j], whole["ids_shuffle"][i])
+
+
+def test_wsp_sees_the_patches_that_mask_ratio_leaves(shards, tmp_path):
+    batch = dataset("wsp", shards, tmp_path, settings=["mask_ratio=0.5"])[4]
+    assert batch["ids_keep"].shape == (16, 8)
+    assert all(len(set(row.tolist())) == 8 and 0 <= row.min() and row.max() < 16 for row in batch["ids_keep"])
+    assert "ids_keep" not in dataset("wsp", shards, tmp_path)[4]
+    with pytest.raises(ConfigError, match=r"mask_ratio=0\.99 must be at least 0 and leave some of 16 patches"):
+        dataset("wsp", shards, tmp_path, settings=["mask_ratio=0.99"])
 
 
 def test_worker_processes_change_nothing(shards, tmp_path):

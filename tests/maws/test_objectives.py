@@ -49,6 +49,26 @@ def test_the_masked_loss_is_the_mean_over_masked_patches_only(norm_pix):
     assert_close(objective(batch)["loss"], torch.stack(errors).mean())
 
 
+def test_wsp_loss_of_masked_images_is_that_of_the_visible_patches_and_depends_on_no_other(multi_label):
+    batch = {"image": images(3), "synset_ids": torch.tensor([[0, 2], [1, -1], [6, 3]])}
+    ids = torch.tensor([[0, 5, 7], [1, 2, 3], [15, 8, 4]])
+    want = multi_label(batch | {"ids_keep": ids})
+    assert not torch.allclose(want["loss"], multi_label(batch)["loss"])
+    hidden = torch.ones(3, 16).scatter(1, ids, 0.0).view(3, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    painted = torch.where(hidden.bool(), 255 - batch["image"], batch["image"])
+    assert_close(multi_label(batch | {"image": painted, "ids_keep": ids})["loss"], want["loss"])
+
+
+def test_a_head_that_starts_at_the_prior_predicts_the_shares_of_the_synsets():
+    counts = [1, 2, 3, 0, 10, 4, 4]  # a count of 0 cannot be predicted as impossible: it is taken as 1
+    objective = MultiLabel(build_vit("atto", seed=None), 7, IMAGENET_MEAN, IMAGENET_STD, "linear", counts)
+    rules = objective.init_rules()
+    init.fill(objective, rules, seed=0)
+    init.check(objective, rules)
+    scores = objective.logits(normalise(images(2), IMAGENET_MEAN, IMAGENET_STD)).softmax(dim=1)
+    assert_close(scores, torch.tensor([1, 2, 3, 1, 10, 4, 4]).float().expand(2, 7) / 25)
+
+
 def test_reconstruction_keeps_visible_patches_and_gives_masked_ones_their_own_statistics_back():
     objective = masked_pixels(norm_pix=True)
     x, ids = torch.randn(2, 3, 32, 32), torch.rand(2, 16).argsort(dim=1)
