@@ -212,7 +212,7 @@ def _differences(
         ]
         if both:
             difference = [a - b for _, a, b in both]
-            spread = max(difference) - min(difference) > 1e-9  # equal differences say nothing of the noise between seeds
+            spread = max(difference) - min(difference) > 1e-9  # equal ones say nothing of the noise
             interval = t_interval(difference, SEEDS) if spread else None
             found.append(Difference(*key, tuple(seed for seed, _, _ in both), tuple(difference), interval))
     return found

@@ -32,7 +32,10 @@ from deepspeed.utils import (  # noqa: E402
     safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_modules,
 )
+from timm.models.vision_transformer import Block  # noqa: E402
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ OURS = {
     "fp16": "engine.precision",
     "torch_autocast": "engine.precision",
 }
+LEAVES = [Block, XLMRobertaLayer]  # gathered in one piece: DeepSpeed's hooks run once a block, not for each layer in it
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, Loshchilov and Hutter, 2019
 
 
@@ -126,6 +130,7 @@ class Runtime:
 
     def build(self, objective: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig) -> "Engine":
         adamw = torch.optim.AdamW(groups, lr=optim.peak_lr, betas=optim.betas, weight_decay=optim.weight_decay)
+        set_z3_leaf_modules(objective, LEAVES)
         engine, *_ = deepspeed.initialize(
             model=objective, optimizer=adamw, config=self.config, dist_init_required=False
         )
