@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Final, NoReturn
 
+from data_pipeline.ending import leave
 from data_pipeline.errors import DataError, UsageError, UserError
 
 INTERRUPTED: Final = 130
@@ -207,4 +208,4 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from data_pipeline.ending import leave
 from data_pipeline.errors import UsageError, UserError
 
 if TYPE_CHECKING:  # torch and the models take seconds to import: a wrong flag is told at once
@@ -240,4 +241,4 @@ def show(table: "list[tuple[str, Score]]", classes: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

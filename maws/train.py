@@ -9,7 +9,6 @@ Exit codes: 0 done, 1 failure, 2 usage, 75 asked to stop and saved (requeue me),
 import argparse
 import dataclasses
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Any
 if __name__ == "__main__" and sys.path and Path(sys.path[0]) == Path(__file__).resolve().parent:
     sys.path.pop(0)  # as a script, this folder is first on the path; `maws` itself comes from the installation
 
+from data_pipeline.ending import leave
 from data_pipeline.errors import UserError
 from maws import __version__, checkpoint, config, dist, optim, stages
 from maws.config import ConfigError, TrainConfig
@@ -233,9 +233,4 @@ def publish(
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code in (0, INTERRUPTED) or not dist.initialised():
-        sys.exit(code)
-    os._exit(code)  # after a failure, waiting for the other ranks (or for gloo's threads) could hang
+    leave(main())  # also after a failure, where waiting for the other ranks (or for gloo's threads) could hang
