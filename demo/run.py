@@ -14,6 +14,7 @@ its last checkpoint, all else from the start of its step.
 
 import argparse
 import fcntl
+import fnmatch
 import glob
 import hashlib
 import importlib.metadata
@@ -60,7 +61,7 @@ class Step:
     outputs: tuple[str, ...]  # files that exist when it is done
     code: tuple[str, ...]  # patterns of the source files that it runs
     folder: str | None = None  # its own: removed when the step must start over
-    side_by_side: bool = False  # needs one core only: runs beside its neighbours
+    side_by_side: bool = False  # needs one core only: runs beside others that do too
     done: Callable[[Path], bool] | None = None  # a look into the outputs, where that they exist is not enough
 
 
@@ -86,7 +87,8 @@ class Stopped(BaseException):
 def chain(out: str, ranks: int, gpus: int = 0, preset: str = "demo", seeds: Sequence[int] = SEEDS) -> list[Step]:
     """All steps in order. `out` is the folder of the demo, `ranks` how many processes train together.
 
-    Without GPUs the four WSP runs have one process each, two at a time: on two cores faster than two ranks each.
+    Without GPUs, MAE is trained by two ranks, and all that follows by one process each, two steps at a time: on two
+    cores that is faster than two ranks each.
     """
     vendors = [name for name in glob.glob(str(EMOJI / "*.parquet"), root_dir=ROOT) if not _is_label_file(name)]
     shards, manifest = f"{out}/shards", f"{out}/shards/manifest.json"
@@ -107,12 +109,14 @@ def chain(out: str, ranks: int, gpus: int = 0, preset: str = "demo", seeds: Sequ
         return f"{out}/{run}/release/model.safetensors"
 
     def evaluate(
-        run: str, evaluators: Sequence[str], train_on: str | None = shards, settings: Sequence[str] = ()
-    ) -> None:
+        run: str, evaluators: Sequence[str], train_on: str | None = shards, settings: Sequence[str] = (),
+        templates: str | None = None,
+    ) -> None:  # fmt: skip
         data, classes, labels = EMOJI / "eval-emojione.parquet", EMOJI / "classes.json", EMOJI / "train-labels.parquet"
         command = ["python", "-m", "eval", *evaluators, "--run", f"{out}/{run}"]
         command += ["--train", train_on, "--train-labels", str(labels)] if train_on else []
         command += ["--data", str(data), "--classes", str(classes)] + (["--set", *settings] if settings else [])
+        command += ["--templates", templates] if templates else []
         inputs = [weights(run), str(data), str(classes)] + ([manifest, str(labels)] if train_on else [])
         results = f"{out}/{run}/results.jsonl"
         steps.append(
@@ -132,14 +136,14 @@ def chain(out: str, ranks: int, gpus: int = 0, preset: str = "demo", seeds: Sequ
     for from_mae, from_random, seed in pairs:
         train("wsp", from_mae, seed, init_from="mae", alone=not gpus)
         train("wsp", from_random, seed, alone=not gpus)
-    train("lit", "lit", init_from="mae_wsp")
+    train("lit", "lit", init_from="mae_wsp", alone=not gpus)
     for run in ("mae", *pairs[0][:2]):
         evaluate(run, PROBES)
     for run in (name for pair in pairs[1:] for name in pair[:2]):
         evaluate(
             run, PROBES, settings=("lowshot.methods=linear",)
         )  # VPT costs more than all else; the first seed has it
-    evaluate("lit", ("zeroshot",), train_on=None)
+    evaluate("lit", ("zeroshot",), train_on=None, templates="drawings")
     report = ("python", "-m", "eval", "report", out)
     inputs = (manifest, f"{out}/*/results.jsonl", f"{out}/*/metrics.jsonl", f"{out}/*/config.json")
     steps.append(Step("report", report, inputs, (f"{out}/report.html",), REPORT_CODE))
@@ -354,6 +358,15 @@ def stopping_on_signals() -> Iterator[None]:
 
 
 @dataclass
+class Running:
+    """A step that shares the machine with others."""
+
+    step: Step
+    start: float
+    log: Path
+
+
+@dataclass
 class Runner:
     """Runs the steps that need it, in order, and says what it does."""
 
@@ -364,19 +377,41 @@ class Runner:
     began: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
-        position = 0
-        while position < len(self.steps):
-            batch = [self.steps[position]]
-            if batch[0].side_by_side:  # this one and its neighbours of the same kind
-                rest = self.steps[position + 1 :]
-                batch += rest[: next((i for i, step in enumerate(rest) if not step.side_by_side), len(rest))]
-            to_do = [step for step in batch if not self.skip(step)]
-            if len(to_do) > 1 and self.cores > 1:
-                self.run_side_by_side(to_do)
-            else:
-                for step in to_do:
-                    self.run_one(step)
-            position += len(batch)
+        """Each step when those before it have made what it reads; a step that must be alone waits for the others."""
+        waiting, running = list(self.steps), dict[subprocess.Popen[bytes], Running]()
+        said = time.monotonic()
+        while waiting or running:
+            while step := self.next_step(waiting, [run.step for run in running.values()]):
+                waiting.remove(step)
+                if self.skip(step):
+                    continue
+                if not self.shares(step):
+                    self.run_alone(step)
+                    continue
+                child, run = self.start_beside(step)
+                running[child] = run
+            time.sleep(0.1)
+            for child in [child for child in running if child.poll() is not None]:
+                run = running.pop(child)
+                code = self.children.finish(child)
+                say(f"── {run.step.name} says:", run.log.read_text(errors="replace").rstrip())
+                self.settle(run.step, code, time.monotonic() - run.start, run.log)
+            if running and time.monotonic() - said > 10:
+                said = time.monotonic()
+                for run in running.values():
+                    say(f"   … {run.step.name} {said - run.start:.0f} s: {last_line(run.log)}")
+
+    def next_step(self, waiting: Sequence[Step], running: Sequence[Step]) -> Step | None:
+        """The first whose inputs nobody is still to make, if there is room for it now."""
+        for number, step in enumerate(waiting):
+            if any(reads(step, other) for other in [*waiting[:number], *running]):
+                continue
+            room = min(self.cores, SIDE_BY_SIDE) if self.shares(step) else 1
+            return step if len(running) < room else None
+        return None
+
+    def shares(self, step: Step) -> bool:
+        return step.side_by_side and self.cores > 1
 
     def skip(self, step: Step) -> bool:
         if self.ledger.is_done(step):
@@ -384,36 +419,20 @@ class Runner:
             return True
         return False
 
-    def run_one(self, step: Step) -> None:
+    def run_alone(self, step: Step) -> None:
         self.announce(step)
         self.prepare(step)
         start = time.monotonic()
         code = self.children.finish(self.children.start(resolve(step.command)))
         self.settle(step, code, time.monotonic() - start)
 
-    def run_side_by_side(self, steps: Sequence[Step]) -> None:
-        """The output of each is shown when it ends, and kept in .steps/NAME.log."""
-        waiting = list(steps)
-        running: dict[subprocess.Popen[bytes], tuple[Step, float, Path]] = {}
-        said = time.monotonic()
-        while waiting or running:
-            while waiting and len(running) < min(self.cores, SIDE_BY_SIDE):
-                step = waiting.pop(0)
-                self.announce(step)
-                self.prepare(step)
-                log = self.ledger.folder / f"{step.name}.log"
-                with log.open("wb") as file:
-                    running[self.children.start(resolve(step.command), file)] = (step, time.monotonic(), log)
-            time.sleep(0.1)
-            for child in [child for child in running if child.poll() is not None]:
-                step, start, log = running.pop(child)
-                code = self.children.finish(child)
-                say(f"── {step.name} says:", log.read_text(errors="replace").rstrip())
-                self.settle(step, code, time.monotonic() - start, log)
-            if running and time.monotonic() - said > 10:
-                said = time.monotonic()
-                for step, start, log in running.values():
-                    say(f"   … {step.name} {said - start:.0f} s: {last_line(log)}")
+    def start_beside(self, step: Step) -> tuple[subprocess.Popen[bytes], "Running"]:
+        """Its output is shown when it ends, and kept in .steps/NAME.log."""
+        self.announce(step)
+        self.prepare(step)
+        log = self.ledger.folder / f"{step.name}.log"
+        with log.open("wb") as file:
+            return self.children.start(resolve(step.command), file), Running(step, time.monotonic(), log)
 
     def prepare(self, step: Step) -> None:
         """Keep what the very same step began; remove what another version of it left."""
@@ -458,6 +477,11 @@ def resolve(command: Sequence[str]) -> list[str]:
     beside = Path(sys.executable).parent / program
     port = ["--master_port", str(free_port())] if program == "deepspeed" else []
     return [sys.executable, str(beside), *port, *rest] if beside.is_file() else [program, *port, *rest]
+
+
+def reads(step: Step, other: Step) -> bool:
+    """Does `step` read what `other` makes?"""
+    return any(made == name or fnmatch.fnmatchcase(made, name) for made in other.outputs for name in step.inputs)
 
 
 def last_line(log: Path) -> str:

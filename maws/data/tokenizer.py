@@ -52,8 +52,8 @@ class CaptionTokenizer:
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask, both B T, T = context + 2: at most `context` pieces between <s> and </s>."""
         ids = torch.full((len(captions), self.context + 2), PAD)
-        for row, pieces in zip(ids, self.pieces.encode(list(captions)), strict=True):
-            known = [p + 1 if p else UNKNOWN for p in pieces[: self.context]]
+        for row, caption in zip(ids, captions, strict=True):  # one by one: a list would start threads for each call
+            known = [p + 1 if p else UNKNOWN for p in self.pieces.encode(caption)[: self.context]]
             row[: len(known) + 2] = torch.tensor([BOS, *known, EOS])
         return ids, (ids != PAD).long()
 

@@ -170,8 +170,8 @@ PRESETS = {
         model=ModelConfig(variant="nano"),
         data=DataConfig(crop_scale=(0.8, 1.0), flip=False, resample=False),
         optim=OptimConfig(
-            batch_size=128, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0,
-            schedule="cosine", warmup=Duration(5, "percent"), length=Duration(150, "steps"),
+            batch_size=128, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0,
+            schedule="cosine", warmup=Duration(5, "percent"), length=Duration(200, "steps"),
         ),
         text=TextConfig(variant="nano"),
         joint_width=128,

@@ -114,7 +114,7 @@ PRESETS = {
         data=DataConfig(crop_scale=(0.5, 1.0)),
         optim=OptimConfig(
             batch_size=128, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05,
-            schedule="cosine", warmup=Duration(5, "percent"), length=Duration(350, "steps"),
+            schedule="cosine", warmup=Duration(5, "percent"), length=Duration(300, "steps"),
         ),
         decoder=DecoderShape(width=96, depth=2, heads=3),
     ),

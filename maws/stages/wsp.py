@@ -151,7 +151,7 @@ PRESETS = {
         data=DataConfig(crop_scale=(0.5, 1.0)),
         optim=OptimConfig(
             batch_size=64, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0,
-            schedule="linear", warmup=Duration(5, "percent"), length=Duration(350, "steps"),
+            schedule="linear", warmup=Duration(5, "percent"), length=Duration(250, "steps"),
         ),
         head="linear", prior_bias=True, mask_ratio=0.5,  # all three for what two minutes of a core can learn
     ),

@@ -324,6 +324,25 @@ print("{name} second")
     assert repository.ran(output) == ["a", "b", "c"]
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_step_waits_for_what_it_reads_and_others_go_past_it(repository):
+    beside = {"side_by_side": True}
+    slow = writes("slow", "runs/demo/slow", **beside)
+    slow["code"] = "import time; time.sleep(1.5)" + slow["code"]
+    after = writes("after", "runs/demo/after", ("runs/demo/slow",), **beside)
+    total = writes("total", "runs/demo/total", ("runs/demo/after", "runs/demo/other"))
+    repository.write(slow, after, writes("other", "runs/demo/other", **beside), total)
+    code, output = repository.run()
+    assert code == 0, output
+    assert repository.ran(output) == ["slow", "other", "after", "total"]
+    assert (repository.root / "runs/demo/total").read_text() == "totalafterslowother"
+    slow["code"] = slow["code"].replace("'slow'", "'changed'")
+    repository.write(slow, after, writes("other", "runs/demo/other", **beside), total)
+    code, output = repository.run()  # whether `after` is up to date is asked once `slow` is done, not before
+    assert repository.ran(output) == ["slow", "after", "total"], output
+    assert (repository.root / "runs/demo/total").read_text() == "totalafterchangedother"
+
+
 # ------------------------------------------------------------------------------------------------------- the real chain
 
 
