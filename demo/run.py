@@ -138,7 +138,7 @@ def chain(out: str, ranks: int, gpus: int = 0, preset: str = "demo", seeds: Sequ
         train("wsp", from_random, seed, alone=not gpus)
     train("lit", "lit", init_from="mae_wsp", alone=not gpus)
     for run in ("mae", *pairs[0][:2]):
-        evaluate(run, PROBES)
+        evaluate(run, PROBES, settings=("lowshot.vpt.batch=32",))  # half of the default's work
     for run in (name for pair in pairs[1:] for name in pair[:2]):
         evaluate(
             run, PROBES, settings=("lowshot.methods=linear",)

@@ -237,7 +237,8 @@ def verdict(table: ScoreTable, steps: int | None = None) -> str:
     equal = f"At equal WSP steps ({steps:,})" if steps else "At equal WSP steps"
     points = 100 * main.mean
     what = f"{main.evaluator} {main.metric}"
-    direction = f"{abs(points):.1f} points {'above' if points >= 0 else 'below'}"
+    apart = f"{abs(points):.1f} points {'above' if points >= 0 else 'below'}"
+    direction = apart if abs(points) >= 0.05 else "level with"
     pairs = "1 pair of runs" if len(main.values) == 1 else f"mean of {len(main.values)} pairs, same training seed"
     start = f"{equal}, MAE→WSP is {direction} WSP in {what} ({pairs})"
     if main.interval is None:

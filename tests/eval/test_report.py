@@ -184,6 +184,10 @@ def test_a_clear_difference_is_stated_with_its_direction():
     assert "points below WSP" in text and "larger than the noise between seeds" in text
 
 
+def test_a_tie_is_called_level():
+    assert "MAE→WSP is level with WSP in linear top1" in compared((0.40, 0.38), (0.38, 0.40))
+
+
 def test_one_pair_is_an_observation():
     assert "an observation, not a finding" in compared((0.5, 0.1))
 
