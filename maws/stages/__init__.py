@@ -76,3 +76,8 @@ def image_side(model: ModelConfig) -> int:
             f"try {max(1, round(side / shape.patch)) * shape.patch}"
         )
     return side
+
+
+def patch_count(model: ModelConfig) -> int:
+    """Patches of an image. Raises ConfigError as `image_side` does."""
+    return (image_side(model) // VARIANTS[model.variant].patch) ** 2

@@ -31,7 +31,7 @@ from maws.models.vit import VARIANTS
 from maws.objectives.masked_pixels import MaskedPixels
 from maws.optim import BASE, NO_DECAY, Rules
 from maws.release import describe, load_backbone, open_release
-from maws.stages import ReleaseParts, image_side
+from maws.stages import ReleaseParts, image_side, patch_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,9 @@ class Config(TrainConfig):
 def prepare(cfg: Config, shards: ShardSet, run: Path) -> Config:
     if not 0 < cfg.mask_ratio < 1:
         raise ConfigError(f"mask_ratio={cfg.mask_ratio} must lie between 0 and 1; the paper's is 0.75")
-    if not 0 < visible_patches(_patches(cfg), cfg.mask_ratio) < _patches(cfg):
-        raise ConfigError(f"mask_ratio={cfg.mask_ratio} leaves no patch visible or none masked of {_patches(cfg)}")
+    patches = patch_count(cfg.model)
+    if not 0 < visible_patches(patches, cfg.mask_ratio) < patches:
+        raise ConfigError(f"mask_ratio={cfg.mask_ratio} leaves no patch visible or none masked of {patches}")
     return cfg
 
 
@@ -53,7 +54,7 @@ def objective(cfg: Config, shards: ShardSet) -> MaskedPixels:
     autoencoder = MaskedAutoencoder(
         VARIANTS[cfg.model.variant], image_side(cfg.model), cfg.decoder, cfg.model.checkpoint_blocks
     )
-    keep = visible_patches(_patches(cfg), cfg.mask_ratio)
+    keep = visible_patches(patch_count(cfg.model), cfg.mask_ratio)
     return MaskedPixels(autoencoder, keep, cfg.data.mean, cfg.data.std, cfg.norm_pix)
 
 
@@ -65,7 +66,7 @@ def initialise(objective: MaskedPixels, cfg: Config, gather: Gather) -> None:
 def dataset(cfg: Config, shards: ShardSet, run: Path, part: Part) -> StepDataset:
     order = make_order(cfg.data, shards, cfg.seed, cfg.optim.batch_size)
     image = LoadImage(cfg.data, shards, cfg.seed, image_side(cfg.model))
-    return StepDataset(order, part, LoadMasked(image, cfg.seed, _patches(cfg)))
+    return StepDataset(order, part, LoadMasked(image, cfg.seed, patch_count(cfg.model)))
 
 
 @dataclass
@@ -92,10 +93,6 @@ def param_rules(cfg: Config) -> Rules:
 def release(objective: MaskedPixels, cfg: Config, shards: ShardSet, run: Path) -> ReleaseParts:
     config = {"decoder": describe(cfg.decoder), "mask_ratio": cfg.mask_ratio, "norm_pix": cfg.norm_pix}
     return ReleaseParts(lambda name: name.removeprefix("autoencoder."), config, {})
-
-
-def _patches(cfg: Config) -> int:
-    return (image_side(cfg.model) // VARIANTS[cfg.model.variant].patch) ** 2
 
 
 PRESETS = {

@@ -30,12 +30,12 @@ from maws.data.loader import LoadImage, Sample, StepDataset, make_order
 from maws.data.masks import random_mask, visible_patches
 from maws.data.order import Item, Order, Part
 from maws.models.init import Gather
-from maws.models.vit import VARIANTS, build_vit
+from maws.models.vit import build_vit
 from maws.objectives.multi_label import MultiLabel
 from maws.optim import BASE, NO_DECAY, Rules
 from maws.release import load_backbone, open_release
 from maws.seeding import derive
-from maws.stages import ReleaseParts, image_side
+from maws.stages import ReleaseParts, image_side, patch_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,9 @@ def prepare(cfg: Config, shards: ShardSet, run: Path) -> Config:
         raise ConfigError(f"head={cfg.head} is not known; use mlp or linear")
     if not shards.vocabulary:
         raise ConfigError(f"{shards.path} has an empty vocabulary; build it with a lower --min-count")
-    if not 0 <= cfg.mask_ratio < 1 or not visible_patches(_patches(cfg), cfg.mask_ratio):
-        raise ConfigError(f"mask_ratio={cfg.mask_ratio} must be at least 0 and leave some of {_patches(cfg)} patches")
+    patches = patch_count(cfg.model)
+    if not 0 <= cfg.mask_ratio < 1 or not visible_patches(patches, cfg.mask_ratio):
+        raise ConfigError(f"mask_ratio={cfg.mask_ratio} must be at least 0 and leave some of {patches} patches")
     return dataclasses.replace(cfg, synsets=len(shards.vocabulary))
 
 
@@ -74,8 +75,8 @@ def dataset(cfg: Config, shards: ShardSet, run: Path, part: Part) -> StepDataset
     if cfg.mixup and order.per_stream < 2:
         raise ConfigError(f"mixup needs two samples of a stream in a batch; lower data.streams below {order.streams}")
     image = LoadImage(cfg.data, shards, cfg.seed, image_side(cfg.model))
-    keep = visible_patches(_patches(cfg), cfg.mask_ratio) if cfg.mask_ratio else 0
-    load = LoadLabelled(image, shards, cfg.seed, _patches(cfg), keep)
+    keep = visible_patches(patch_count(cfg.model), cfg.mask_ratio) if cfg.mask_ratio else 0
+    load = LoadLabelled(image, shards, cfg.seed, patch_count(cfg.model), keep)
     return StepDataset(order, part, load, Mix(cfg.mixup, cfg.seed, order, part) if cfg.mixup else None)
 
 
@@ -115,10 +116,6 @@ class Mix:
         batch["mix_with"] = torch.from_numpy(neighbour)
         batch["mix_weight"] = torch.full((n,), float(weight))
         return batch
-
-
-def _patches(cfg: Config) -> int:
-    return (image_side(cfg.model) // VARIANTS[cfg.model.variant].patch) ** 2
 
 
 def param_rules(cfg: Config) -> Rules:
