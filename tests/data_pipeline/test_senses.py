@@ -1,4 +1,4 @@
-"""demo/senses: what ambiguous hashtags of the demo corpus mean is about this corpus, this WordNet, and as many as it says."""
+"""demo/senses is about the demo corpus and this WordNet, and holds as many lines as it says."""
 
 import csv
 import hashlib
