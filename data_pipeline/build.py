@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import pyarrow.parquet as pq
 
-from data_pipeline import shardset, steps
+from data_pipeline import shardset
 from data_pipeline.errors import DataError
 from data_pipeline.files import sha256_file, write_bytes
 from data_pipeline.job import Counts, Job, Task, merge_counts, remove_temporary
@@ -28,6 +28,10 @@ from data_pipeline.resample import CAP, EPOCH_FACTOR, Repeats
 from data_pipeline.runners import Call, Runner
 from data_pipeline.sources import Sources, discover
 from data_pipeline.steps import Settings, Work
+from data_pipeline.steps.labels import choose_vocabulary, label, senses
+from data_pipeline.steps.merge import merge
+from data_pipeline.steps.read import hash_files, read
+from data_pipeline.steps.shards import collect, plan, shard, verify
 from data_pipeline.summary import clean
 from data_pipeline.wordnet import archive_sha256, open_wordnet
 
@@ -35,11 +39,14 @@ log = logging.getLogger(__name__)
 
 WORK: Final = ".work"
 PARTITION_ROWS: Final = 100_000  # records that one `merge` task sorts in memory
-MAX_PARTITIONS: Final = 256  # one byte of the hash
+MAX_PARTITIONS: Final = 1 << 16  # two bytes of the hash
 FILES_PER_CALL: Final = 500
 WORTH_A_POOL: Final = 1 << 30  # bytes to hash: less is done before other processes have started
 SHOWN: Final = 10  # skipped files on the terminal
-OURS: Final = re.compile(r"manifest\.json|vocabulary\.parquet|shards|\.work|\.[a-z.]+\.\d+\.tmp")
+TABLES: Final = ("vocabulary", "dropped", "tags", "evidence", "duplicates", "evaluation")
+OURS: Final = re.compile(
+    rf"manifest\.json|({'|'.join(TABLES)})\.parquet|[a-z]+\.jsonl|shards|\.work|\.[a-z.]+\.\d+\.tmp"
+)
 WAYS_OUT: Final = "choose another --output, or replace it with --overwrite"
 
 
@@ -90,7 +97,7 @@ def build(
 
 def check(shards: shardset.ShardSet, runner: Runner) -> list[str]:
     """All problems of a finished set, its shards checked side by side."""
-    problems = list(shardset.verify_vocabulary(shards.path, shards.manifest))
+    problems = list(shardset.verify_tables(shards.path, shards.manifest))
     entries = shards.manifest["shards"]
     calls = [Call(shardset.verify_shard, (shards.path / "shards", entry)) for entry in entries]
     found: list[list[str]] = [[] for _ in entries]
@@ -109,7 +116,7 @@ def _identity(sources: Sources, settings: Settings, runner: Runner) -> dict[str,
     lists = [files[n : n + FILES_PER_CALL] for _, files in sources.files for n in range(0, len(files), FILES_PER_CALL)]
     owner = [number for number, (_, files) in enumerate(sources.files) for _ in range(0, len(files), FILES_PER_CALL)]
     found: list[list[tuple[str, int, str]]] = [[] for _ in lists]
-    calls = [Call(steps.hash_files, (files,)) for files in lists]
+    calls = [Call(hash_files, (files,)) for files in lists]
     size = sum(path.stat().st_size for files in lists for _, path in files)
     results = runner.run(calls) if size > WORTH_A_POOL else ((number, call()) for number, call in enumerate(calls))
     with progress("hashing the input", sum(map(len, lists)), "files") as counter:
@@ -205,8 +212,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 def _remove(output: Path) -> None:
     """Take away a shard set or an unfinished one, but neither the lock nor files of others."""
     write_bytes(output / WORK / "job.json", b"{}")  # killed in here, it is an unfinished build of nothing
-    for path in (output / "manifest.json", output / "vocabulary.parquet"):
-        path.unlink(missing_ok=True)
+    for name in ("manifest.json", *(f"{table}.parquet" for table in TABLES), "quarantine.jsonl"):
+        (output / name).unlink(missing_ok=True)
     for path in (output / "shards", *(path for path in (output / WORK).iterdir() if path.is_dir())):
         if path.is_dir():
             shutil.rmtree(path)
@@ -255,54 +262,73 @@ def _run_steps(
 ) -> dict[str, Any]:
     """The content of the manifest that comes from the data."""
     partitions = min(MAX_PARTITIONS, -(-sources.rows // partition_rows) or 1)
+    tasks = len(sources.pieces)
     reads = [
         Task(
-            steps.read,
+            read,
             (work, settings, number, piece, partitions),
-            (work.table("records", number), work.images(number)),
+            (work.table("records", number), work.images(number), work.table("dropped_read", number)),
             piece.rows,
         )
         for number, piece in enumerate(sources.pieces)
     ]
     counts = merge_counts(job.run("read", reads, "images"))
-    counts = merge_counts([counts, *job.run("merge", _per_partition(work, "unique", partitions, len(reads)))])
-    chosen = job.run(
-        "vocabulary",
-        [
-            Task(
-                steps.choose_vocabulary,
-                (work, settings.min_count, partitions, counts["named_by_wordnet"]),
-                (work.vocabulary, work.classes),
-            )
-        ],
-    )[0]
-    labels = [
-        Task(steps.label, (work, settings, p), (work.table("labelled", p), work.table("rarest", p)))
-        for p in range(partitions)
-    ]
-    counts = merge_counts([counts, *job.run("label", labels)])
+    counts = merge_counts([counts, *job.run("merge", _each_partition(merge, work, (tasks,), partitions, MERGE_FILES))])
+    counts = merge_counts([counts, _remove_duplicates(work, settings, job, partitions)])
+    mapped = job.run("senses", _each_partition(senses, work, (settings,), partitions, SENSES_FILES))
+    counts = merge_counts([counts, *mapped])
+    chosen = job.run("vocabulary", [
+        Task(choose_vocabulary, (work, settings, partitions, counts["named_by_wordnet"]),
+             (work.vocabulary, work.classes))
+    ])[0]  # fmt: skip
+    labels = job.run("label", _each_partition(label, work, (settings,), partitions, LABEL_FILES))
+    counts = merge_counts([counts, *labels])
     if counts["kept"] == 0:
         raise NothingKeptError(
             f"no image was kept of {counts['read']:,}: {_reasons(counts)}; {_advice(counts, settings)}"
         )
-    planned = job.run("plan", [Task(steps.plan, (work, settings, partitions), (work.plan,))])[0]
-    repeats = Repeats(planned["threshold"], planned["labelled"])
+    planned = job.run("plan", [Task(plan, (work, settings, partitions), (work.plan,))])[0]
+    repeats = Repeats(planned["threshold"], planned["labelled"], settings.resample)
     shards = _write_shards(work, output, job, repeats)
+    job.run("collect", [Task(collect, (work, tasks, partitions), (work.dropped,))])
     write_bytes(output / "vocabulary.parquet", work.vocabulary.read_bytes())
     return {
         "samples": counts["kept"],
         "classes": chosen["classes"],
         "shards": shards,
         "vocabulary_sha256": sha256_file(output / "vocabulary.parquet"),
+        "files": _hand_over(work, output),
         "counts": counts | chosen,
-        "resampling": _resampling(settings, planned, counts),
+        "resampling": _resampling(settings, planned),
     }
 
 
-def _per_partition(work: Work, step: str, partitions: int, tasks: int) -> list[Task]:
+MERGE_FILES: Final = ("unique", "dropped_merge")
+SENSES_FILES: Final = ("mapped", "synsets")
+LABEL_FILES: Final = ("labelled", "rarest", "dropped_label")
+
+
+def _each_partition(
+    function: Callable[..., Counts], work: Work, arguments: tuple[Any, ...], partitions: int, files: tuple[str, ...]
+) -> list[Task]:
+    """One task per partition, function(work, *arguments, partition), that writes `files`."""
     return [
-        Task(steps.merge, (work, p, tasks), (work.table(step, p), work.table("synsets", p))) for p in range(partitions)
+        Task(function, (work, *arguments, partition), tuple(work.table(name, partition) for name in files))
+        for partition in range(partitions)
     ]
+
+
+def _remove_duplicates(work: Work, settings: Settings, job: Job, partitions: int) -> Counts:
+    """Copies and evaluation images go into work.table("removed", partition), schema.REMOVED."""
+    return {}
+
+
+def _hand_over(work: Work, output: Path) -> dict[str, str]:
+    """Tables that belong to the shard set beside the shards; their sha256 by name."""
+    tables = [path for path in (work.dropped, work.tags, work.evidence) if path.is_file()]
+    for path in tables:
+        write_bytes(output / path.name, path.read_bytes())
+    return {path.name: sha256_file(output / path.name) for path in tables}
 
 
 def _write_shards(work: Work, output: Path, job: Job, repeats: Repeats) -> list[Counts]:
@@ -314,7 +340,7 @@ def _write_shards(work: Work, output: Path, job: Job, repeats: Repeats) -> list[
     names = [f"{number:0{width}d}" for number in slices]
     writes = [
         Task(
-            steps.shard,
+            shard,
             (work, folder, name, parts, repeats),
             (folder / f"{name}.tar", folder / f"{name}.parquet"),
             sum(part["stop"] - part["start"] for part in parts),
@@ -322,21 +348,20 @@ def _write_shards(work: Work, output: Path, job: Job, repeats: Repeats) -> list[
         for name, parts in zip(names, slices.values(), strict=True)
     ]
     shards = job.run("shard", writes, "images")
-    checks = [Task(steps.verify, (folder, entry), (), entry["samples"]) for entry in shards]
+    checks = [Task(verify, (folder, entry), (), entry["samples"]) for entry in shards]
     job.run("verify", checks, "images")
     return shards
 
 
-def _resampling(settings: Settings, planned: Counts, counts: Counts) -> dict[str, Any]:
-    asked = settings.epoch_factor if settings.epoch_factor is not None else EPOCH_FACTOR
-    solved = settings.resample == "sqrt" and settings.threshold is None
+def _resampling(settings: Settings, planned: Counts) -> dict[str, Any]:
+    solved = settings.resample != "none" and settings.threshold is None and settings.epoch_samples is None
     return {
         "method": settings.resample,
         "threshold": planned["threshold"],
-        "epoch_factor": asked if solved else None,
+        "epoch_factor": (settings.epoch_factor or EPOCH_FACTOR) if solved else None,
         "cap": CAP,
         "mean_repeat": planned["mean_repeat"],
-        "samples_per_epoch": planned["mean_repeat"] * planned["labelled"] + counts["kept"] - planned["labelled"],
+        "samples_per_epoch": planned["samples_per_epoch"],
     }
 
 

@@ -1,7 +1,7 @@
 """The tables that travel between steps. Only the first carries image bytes, and it never leaves the task that reads it.
 
-source file ─▶ SOURCE ─▶ RECORDS ─▶ UNIQUE ─▶ LABELLED ─▶ shards
-               read        read     merge      label
+source file ─▶ SOURCE ─▶ RECORDS ─▶ MAPPED ─▶ LABELLED ─▶ shards
+               read        merge      senses     label
 """
 
 from typing import Final
@@ -14,11 +14,13 @@ SOURCE: Final = pa.schema(
         ("row", pa.int64()),  # position in the source, for the order of duplicates
         ("key", pa.string()),
         ("image", pa.large_binary()),
-        ("path", pa.string()),  # of the file that holds just these bytes; null inside a Parquet file
+        ("path", pa.string()),  # of the local file that holds just these bytes; null inside a Parquet file or a tar
         ("caption", pa.string()),
         ("language", pa.string()),
         ("source", pa.string()),
         ("licence", pa.string()),
+        ("url", pa.string()),  # where the picture came from
+        ("weight", pa.float64()),  # of its source: multiplies the repeat factor; null is 1
         ("hashtags", pa.list_(pa.string())),  # of a column of their own, as written; null without one
         ("problem", pa.string()),  # why the row cannot be used, null if it can
     ]
@@ -36,18 +38,57 @@ RECORDS: Final = pa.schema(
         ("language", pa.string()),
         ("source", pa.string()),
         ("licence", pa.string()),
+        ("url", pa.string()),
+        ("weight", pa.float64()),
         ("hashtags", pa.list_(pa.string())),
-        ("synsets", pa.list_(pa.int32())),  # rows of the WordNet table
+        ("other_captions", pa.list_(pa.string())),  # of removed copies, where they are merged; else empty
         ("extension", pa.string()),
         ("image_path", pa.string()),
         ("image_offset", pa.int64()),
         ("image_size", pa.int64()),
-        ("image_sha256", pa.binary()),
+        ("image_sha256", pa.binary()),  # of the bytes as stored
+        ("content_sha256", pa.binary()),  # of the bytes as they came
+        ("perceptual_hash", pa.binary()),  # 32 bytes; null where it is off or the picture says nothing
+        ("width", pa.int32()),  # as it came, upright
+        ("height", pa.int32()),
     ]
 )
 
-UNIQUE: Final = RECORDS  # sorted by `order`, each key once
+MAPPED: Final = RECORDS.append(pa.field("synsets", pa.list_(pa.int32())))  # rows of the WordNet table, each once
 
-LABELLED: Final = UNIQUE.append(pa.field("labels", pa.list_(pa.int32()))).append(
-    pa.field("rarest", pa.int64())  # images that have the rarest of the labels; 0 without labels
+LABELLED: Final = MAPPED.append(pa.field("labels", pa.list_(pa.int32()))).append(
+    pa.field("counts", pa.list_(pa.int64()))  # of the labels, as far as the repeat factor depends on them
+)
+
+# Records that later steps leave out: copies of others and evaluation images. One file per partition, sorted by `order`.
+REMOVED: Final = pa.schema(
+    [
+        ("order", pa.binary()),
+        ("key", pa.string()),
+        ("reason", pa.string()),  # exact_duplicate, near_duplicate, evaluation_image
+        ("kept", pa.string()),  # the key that stays, or evaluation set and name
+        ("distance", pa.int32()),  # bits between the perceptual hashes; 0 for equal bytes
+    ]
+)
+
+# dropped.parquet of a shard set: every record that was read and is not in it, in the order of the steps.
+DROPPED: Final = pa.schema(
+    [
+        ("key", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("source", pa.string()),
+    ]
+)
+
+# tags.parquet of a shard set: what became of every hashtag, the most frequent first.
+TAGS: Final = pa.schema(
+    [
+        ("tag", pa.string()),
+        ("occurrences", pa.int64()),  # on images that were left after removing duplicates
+        ("synsets", pa.list_(pa.string())),  # candidate senses, the most usual first; empty: see `reason`
+        ("chosen", pa.list_(pa.int64())),  # occurrences that got each of them
+        ("confidence", pa.float64()),  # mean probability of what was chosen; null where there was nothing to choose
+        ("reason", pa.string()),  # why the tag names nothing: unmapped, forbidden, denied_…; null if it does
+    ]
 )

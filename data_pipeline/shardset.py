@@ -3,6 +3,7 @@
     SHARDS/shards/00000.tar        KEY.json, KEY.jpg|png|webp, … sorted by key (any webdataset reader opens it)
     SHARDS/shards/00000.parquet    one row per sample: key, byte offsets of both members, labels, repeat factor
     SHARDS/vocabulary.parquet      label index -> synset, wnid, lemmas, gloss, number of images
+    SHARDS/dropped.parquet, …      what was left out and why, and other tables of schema.py, named in the manifest
     SHARDS/manifest.json           sha256 of all of the above, how it was made, every drop by reason; written last
 
 The same input gives the same bytes: members carry no time and no owner, and the manifest no date.
@@ -44,6 +45,8 @@ INDEX_SCHEMA: Final = pa.schema(
         ("json_size", pa.int64()),
         ("labels", pa.list_(pa.int32())),
         ("repeat", pa.float64()),
+        ("content_sha256", pa.binary()),  # of the picture as it came in, before any resizing
+        ("perceptual_hash", pa.binary()),  # of the picture; null where it has none
     ]
 )
 VOCABULARY_SCHEMA: Final = pa.schema(
@@ -54,6 +57,7 @@ VOCABULARY_SCHEMA: Final = pa.schema(
         ("lemmas", pa.list_(pa.string())),
         ("gloss", pa.string()),
         ("count", pa.int64()),
+        ("frozen_count", pa.int64()),  # in the corpus that the vocabulary was chosen on; null if that is this one
     ]
 )
 
@@ -72,6 +76,7 @@ class VocabularyEntry:
     lemmas: list[str]
     gloss: str
     count: int
+    frozen_count: int | None = None  # in the corpus the vocabulary was chosen on, where that is another
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class Sample:
     record: dict[str, Any]
     labels: list[int]
     repeat: float
+    content_sha256: bytes | None = None
+    perceptual_hash: bytes | None = None
 
 
 class ShardEntry(TypedDict):
@@ -146,6 +153,8 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardEntr
                     "image_size": len(sample.image),
                     "labels": sample.labels,
                     "repeat": sample.repeat,
+                    "content_sha256": sample.content_sha256,
+                    "perceptual_hash": sample.perceptual_hash,
                 }
             )
         end = bytes(2 * BLOCK + -(position + 2 * BLOCK) % RECORD)
@@ -236,7 +245,7 @@ class ShardSet:
 
     def verify(self) -> Iterator[str]:
         """One line per problem: a file that is missing, of the wrong size or sha256, or an index that does not fit."""
-        yield from verify_vocabulary(self.path, self.manifest)
+        yield from verify_tables(self.path, self.manifest)
         for entry in self.manifest["shards"]:
             yield from verify_shard(self.path / "shards", entry)
 
@@ -291,8 +300,11 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     return manifest, sha256_bytes(data)
 
 
-def verify_vocabulary(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
+def verify_tables(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    """The vocabulary and the tables beside it; older sets have none."""
     yield from _verify_file(folder / "vocabulary.parquet", manifest["vocabulary_sha256"])
+    for name, sha256 in manifest.get("files", {}).items():
+        yield from _verify_file(folder / Path(name).name, sha256)
 
 
 def verify_shard(folder: Path, entry: ShardEntry) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 
 from data_pipeline.resample import Repeats
 from data_pipeline.shardset import ShardSet
-from data_pipeline.steps import cut
+from data_pipeline.steps.shards import cut
 
 
 def test_every_image_ends_in_exactly_one_place(build, make):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import steps
+from data_pipeline import build
 from data_pipeline.__main__ import main
 
 OPTIONS = ("build", "--samples-per-shard", "8", "--workers", "1")
@@ -31,7 +31,6 @@ def counted(source, target):
     if seen == number:
         os.kill(os.getpid(), signal.SIGKILL)
 files.os.replace = counted
-from data_pipeline import steps
 from data_pipeline.__main__ import main
 sys.exit(main(sys.argv[3:]))
 """
@@ -171,7 +170,7 @@ def test_ctrl_c_ends_with_one_line_and_130(make, tmp_path):
 
 
 def test_tasks_done_are_not_done_again(run, make, options, monkeypatch, unfinished, expected):
-    monkeypatch.setattr("data_pipeline.steps.read", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("data_pipeline.build.read", lambda *_: pytest.fail("read again"))
     assert run(*options, "--output", unfinished).code == 0
     assert make.hashes(unfinished) == expected
 
@@ -250,7 +249,7 @@ def test_an_image_that_changes_during_the_build_stops_it(run, tmp_path, make, co
         (corpus / "photos" / "photo03.png").write_bytes(make.picture(77))
         return merge(*arguments)
 
-    merge = steps.merge
-    monkeypatch.setattr("data_pipeline.steps.merge", meddle)
+    merge = build.merge
+    monkeypatch.setattr(build, "merge", meddle)
     result = run(*options, "--output", tmp_path / "out")
     assert (result.code, "photo03.png changed while the build was running" in result.err) == (1, True)

@@ -1,0 +1,118 @@
+"""The tasks of a build: read -> merge -> duplicates -> senses -> vocabulary -> label -> plan -> shard -> verify.
+
+Files in, files out; what travels between steps are the small tables of schema.py. `read` is the only pass over the
+sources: images are checked there, and the bytes that are not in a file of their own yet are laid down in one file per
+task, so that a shard, whose samples come from everywhere, reads each by its offset. (Reading them from Parquet would
+read every row group again for every shard.)
+"""
+
+import functools
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data_pipeline import schema
+from data_pipeline.shardset import write_table
+from data_pipeline.wordnet import WordNet
+
+ROW_GROUP: Final = 2000  # rows of the labelled table that a shard reads at once
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the content of a shard set, as asked for; written into the manifest."""
+
+    # captions and labels
+    max_caption: int = 10_000  # characters
+    keep_unlabelled: bool = False
+    senses: str = "evidence"  # evidence, first, all, unambiguous
+    min_count: str = "auto"
+    # resampling
+    resample: str = "sqrt"
+    epoch_factor: float | None = None  # None: the papers' 5/3, unless a threshold or a number of samples is given
+    epoch_samples: int | None = None
+    threshold: float | None = None
+    # pictures
+    resize: int | None = None  # short side in pixels
+    quality: int = 90  # of resized pictures, JPEG
+    # shards
+    samples_per_shard: int = 1000
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where tasks put their files."""
+
+    folder: Path
+
+    @property
+    def wordnet(self) -> Path:
+        return self.folder / "wordnet"
+
+    @property
+    def evidence(self) -> Path:
+        return self.folder / "evidence.parquet"
+
+    @property
+    def vocabulary(self) -> Path:
+        return self.folder / "vocabulary.parquet"
+
+    @property
+    def classes(self) -> Path:
+        return self.folder / "classes.parquet"
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / "plan.parquet"
+
+    @property
+    def tags(self) -> Path:
+        return self.folder / "tags.parquet"
+
+    @property
+    def dropped(self) -> Path:
+        return self.folder / "dropped.parquet"
+
+    def images(self, task: int) -> Path:
+        return self.folder / "images" / f"{task:06d}.bin"
+
+    def table(self, step: str, number: int) -> Path:
+        return self.folder / step / f"{number:06d}.parquet"
+
+
+@functools.lru_cache(maxsize=1)
+def read_wordnet(folder: Path) -> WordNet:
+    return WordNet.load(folder)
+
+
+def read_unique(work: Work, partition: int, columns: list[str] | None = None) -> pa.Table:
+    """The records of a partition that are neither copies nor evaluation images, sorted by `order`."""
+    table = pq.read_table(work.table("unique", partition), columns=columns)
+    path = work.table("removed", partition)
+    if not path.is_file():
+        return table
+    removed = pq.read_table(path, columns=["order"])["order"]
+    orders = pq.read_table(work.table("unique", partition), columns=["order"])["order"]
+    return table.filter(pc.invert(pc.is_in(orders, value_set=removed.combine_chunks())))
+
+
+def write_dropped(path: Path, rows: list[dict[str, str | None]]) -> None:
+    write_table(path, pa.Table.from_pylist(rows, schema=schema.DROPPED))
+
+
+def write_counts(path: Path, counts: Counter[int]) -> None:
+    kind = pa.schema([("value", pa.int64()), ("count", pa.int64())])
+    write_table(path, pa.table({"value": sorted(counts), "count": [counts[v] for v in sorted(counts)]}, schema=kind))
+
+
+def sum_counts(work: Work, step: str, partitions: int) -> Counter[int]:
+    total: Counter[int] = Counter()
+    for partition in range(partitions):
+        table = pq.read_table(work.table(step, partition))
+        total.update(dict(zip(table["value"].to_pylist(), table["count"].to_pylist(), strict=True)))
+    return total
