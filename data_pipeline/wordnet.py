@@ -2,19 +2,18 @@
 
     goldenretriever -> golden_retriever.n.01 (n02099601)     polarbears -> ice_bear.n.01     goldenfishing -> nothing
 
-nltk reads the bundled dictionary once (about ten seconds); the resulting tables are kept as Parquet under
-${XDG_CACHE_HOME:-~/.cache}/maws-open, keyed by the sha256 of the dictionary.
+The bundled dictionary is Princeton's, its nouns complete (wordnet30/README.md). It is read once, in about two seconds;
+the tables are kept as Parquet under ${XDG_CACHE_HOME:-~/.cache}/maws-open, keyed by the sha256 of the dictionary.
 """
 
 import contextlib
 import functools
-import io
 import logging
 import os
 import re
-import tempfile
-import warnings
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +28,17 @@ from data_pipeline.files import atomic_write, sha256_bytes
 log = logging.getLogger(__name__)
 
 ARCHIVE: Final = Path(__file__).parent / "wordnet30" / "corpora" / "wordnet.zip"
-TABLE_VERSION: Final = 1  # raise when the tables below are made differently
+TABLE_VERSION: Final = 2  # raise when the tables below are made differently
 
 SYNSETS_SCHEMA: Final = pa.schema(
     [
         ("synset", pa.string()),
         ("wnid", pa.string()),
         ("lemmas", pa.list_(pa.string())),
-        ("gloss", pa.string()),  # empty for the bundled files, which come without glosses
-        ("hypernyms", pa.list_(pa.int32())),  # rows of this table
+        ("gloss", pa.string()),
+        ("examples", pa.list_(pa.string())),
+        ("lexname", pa.string()),  # the lexicographers' file: noun.animal, noun.artifact, … (26 of them)
+        ("hypernyms", pa.list_(pa.int32())),  # rows of this table; of instances too: rhine.n.01 -> river.n.01
     ]
 )
 LEMMAS_SCHEMA: Final = pa.schema(
@@ -45,6 +46,7 @@ LEMMAS_SCHEMA: Final = pa.schema(
         ("squashed", pa.string()),
         ("lemmas", pa.list_(pa.string())),  # spellings that squash to it: hot_dog, hotdog
         ("synsets", pa.list_(pa.int32())),  # rows of the synset table, in sense order
+        ("uses", pa.list_(pa.int32())),  # of each in the texts that WordNet's makers tagged by hand; most have none
     ]
 )
 EXCEPTIONS_SCHEMA: Final = pa.schema([("plural", pa.string()), ("singular", pa.string())])
@@ -56,7 +58,8 @@ DETACHMENTS: Final = (
 )  # fmt: skip
 MIN_SINGULAR: Final = 3  # letters; ours: #ups and #abs are not plurals of two-letter nouns
 
-_SEPARATORS: Final = re.compile(r"[_\-'. ]")
+_EXAMPLES: Final = re.compile('[;:] *"')  # where they begin
+_SEPARATORS: Final = re.compile(r"[_\-'./ ]")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Synset:
     wnid: str
     lemmas: list[str]
     gloss: str
+    lexname: str
 
 
 def squash(lemma: str) -> str:
@@ -89,10 +93,10 @@ class WordNet:
         return self.synsets.num_rows
 
     def synset(self, row: int) -> Synset:
-        name, wnid, lemmas, gloss = (
-            self.synsets[column][row].as_py() for column in ("synset", "wnid", "lemmas", "gloss")
+        name, wnid, lemmas, gloss, lexname = (
+            self.synsets[column][row].as_py() for column in ("synset", "wnid", "lemmas", "gloss", "lexname")
         )
-        return Synset(name, wnid, lemmas, gloss)
+        return Synset(name, wnid, lemmas, gloss, lexname)
 
     def senses(self, hashtag: str) -> list[int]:
         """Synsets a hashtag can name, most usual first; none if it is no noun. It is never split into single words."""
@@ -147,7 +151,7 @@ def open_wordnet() -> WordNet:
     folder = cache_folder() / f"wordnet-{archive_sha256()[:16]}-v{TABLE_VERSION}"
     with contextlib.suppress(OSError, pa.ArrowException):
         return WordNet.load(folder)
-    log.info("reading the nouns of WordNet, once: about ten seconds")
+    log.info("reading the nouns of WordNet, once: about two seconds")
     wordnet = build(ARCHIVE)
     try:
         wordnet.save(folder)
@@ -172,71 +176,84 @@ def cache_folder() -> Path:
 
 
 def build(archive: Path) -> WordNet:
-    """Read all nouns with nltk. It refuses dictionaries that others may write to, so it reads a private copy."""
-    with tempfile.TemporaryDirectory(prefix="maws-wordnet-") as folder:  # mode 0700
-        try:
-            _unpack(archive, Path(folder) / "corpora" / "wordnet")
-        except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"cannot unpack {archive} ({error}); install the package again") from None
-        with _reader(Path(folder)) as reader:
-            return _tables(reader, (Path(folder) / "corpora" / "wordnet" / "noun.exc").read_text("utf-8"))
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    with zipfile.ZipFile(archive) as file:
-        for member in file.infolist():
-            if not member.is_dir():  # base names only: nothing is written outside the folder
-                target = folder / Path(member.filename).name
-                target.touch(mode=0o600)
-                target.write_bytes(file.read(member))
-
-
-@contextlib.contextmanager
-def _reader(root: Path) -> Iterator[Any]:
-    import nltk.data  # here: two seconds that only building the tables pays
-    from nltk.corpus.reader.wordnet import WordNetCorpusReader
-
-    nltk.data.path.insert(0, str(root))  # nltk opens only what is on its path
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The multilingual functions are not available")
-            yield WordNetCorpusReader(str(root / "corpora" / "wordnet"), None)
-    finally:
-        nltk.data.path.remove(str(root))
-
-
-def _tables(reader: Any, exceptions: str) -> WordNet:
-    found = list(reader.all_synsets("n"))
-    rows = {synset.offset(): row for row, synset in enumerate(found)}
-    synsets = [
-        {
-            "synset": synset.name(),
-            "wnid": f"n{synset.offset():08d}",
-            "lemmas": synset.lemma_names(),
-            "gloss": synset.definition(),
-            "hypernyms": [rows[parent.offset()] for parent in synset.hypernyms() + synset.instance_hypernyms()],
-        }
-        for synset in found
-    ]
-    spellings: dict[str, list[str]] = {}
-    for lemma in sorted(reader.all_lemma_names(pos="n"), key=lambda name: (len(name), name)):  # unseparated form first
-        if squashed := squash(lemma):
-            spellings.setdefault(squashed, []).append(lemma)
-    lemmas = []
-    for squashed, names in sorted(spellings.items()):
-        senses = [
-            rows[synset.offset()]
-            for name in names
-            for synset in reader.synsets(name, "n")  # also gives synsets of reduced forms: men -> man.n.01
-            if name in {lemma.lower() for lemma in synset.lemma_names()}
-        ]
-        lemmas.append({"squashed": squashed, "lemmas": names, "synsets": list(dict.fromkeys(senses))})
-    pairs = [(plural, singular) for plural, *rest in map(str.split, io.StringIO(exceptions)) for singular in rest]
+        with zipfile.ZipFile(archive) as file:
+            names = ("data.noun", "index.noun", "noun.exc", "cntlist.rev", "lexnames")
+            texts = [file.read(f"wordnet/{name}").decode() for name in names]
+    except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"cannot read {archive} ({error}); install the package again") from None
+    data, index, exceptions, uses, lexnames = (
+        [line for line in text.splitlines() if not line.startswith(" ")]
+        for text in texts  # without the licence
+    )
+    offsets = [int(line[:8]) for line in data]
+    rows = {offset: row for row, offset in enumerate(offsets)}
+    senses = {name: [rows[offset] for offset in found] for name, found in map(_index_entry, index)}
+    synsets = [_data_entry(line, rows, senses, [line.split()[1] for line in lexnames]) for line in data]
+    pairs = [(plural, singular) for plural, *rest in map(str.split, exceptions) for singular in rest]
     return WordNet(
         pa.Table.from_pylist(synsets, schema=SYNSETS_SCHEMA),
-        pa.Table.from_pylist(lemmas, schema=LEMMAS_SCHEMA),
+        pa.Table.from_pylist(_squashed(senses, _uses(uses)), schema=LEMMAS_SCHEMA),
         pa.table(
             {"plural": [squash(a) for a, _ in pairs], "singular": [squash(b) for _, b in pairs]}, EXCEPTIONS_SCHEMA
         ),
     )
+
+
+# The lines of Princeton's files, wndb(5WN). Offsets are bytes of data.noun and, as wnid, the ids of ImageNet.
+
+
+def _index_entry(line: str) -> tuple[str, list[int]]:
+    """lemma pos synset_cnt p_cnt [ptr_symbol...] sense_cnt tagsense_cnt synset_offset..., in sense order."""
+    words = line.split()
+    return words[0], [int(word) for word in words[-int(words[2]) :]]
+
+
+def _data_entry(line: str, rows: dict[int, int], senses: dict[str, list[int]], lexnames: list[str]) -> dict[str, Any]:
+    """offset lex_filenum ss_type w_cnt [word lex_id...] p_cnt [symbol offset pos source/target...] | gloss"""
+    fields, _, text = line.partition(" | ")
+    words = fields.split()
+    pointers = 4 + 2 * int(words[3], 16)
+    lemmas = words[4:pointers:2]
+    first, row = lemmas[0].lower(), rows[int(words[0])]
+    gloss, examples = _gloss(text)
+    return {
+        "synset": f"{first}.n.{senses[first].index(row) + 1:02d}",
+        "wnid": f"n{words[0]}",
+        "lemmas": lemmas,
+        "gloss": gloss,
+        "examples": examples,
+        "lexname": lexnames[int(words[1])],
+        "hypernyms": [
+            rows[int(offset)]
+            for symbol, offset in zip(words[pointers + 1 :: 4], words[pointers + 2 :: 4], strict=False)
+            if symbol in ("@", "@i")
+        ],
+    }
+
+
+def _gloss(text: str) -> tuple[str, list[str]]:
+    """The definition; "and the examples"; "that follow it"."""
+    definition, *rest = _EXAMPLES.split(text.strip(), 1)
+    return definition.strip("; "), re.findall('"([^"]+)', '"' + rest[0])[::2] if rest else []
+
+
+def _uses(lines: list[str]) -> dict[tuple[str, int], int]:
+    """sense_key sense_number tag_cnt, a key being lemma%..."""
+    words = map(str.split, lines)
+    return {(key.partition("%")[0], int(number) - 1): int(count) for key, number, count in words}
+
+
+def _squashed(senses: dict[str, list[int]], uses: dict[tuple[str, int], int]) -> list[dict[str, Any]]:
+    """Lemmas that are one hashtag, in one row: hotdog before hot_dog."""
+    spellings: dict[str, list[str]] = {}
+    for lemma in sorted(senses, key=lambda name: (len(name), name)):
+        if squashed := squash(lemma):
+            spellings.setdefault(squashed, []).append(lemma)
+    entries = []
+    for squashed, names in sorted(spellings.items()):
+        counts: Counter[int] = Counter()
+        for name in names:
+            counts.update({row: uses.get((name, number), 0) for number, row in enumerate(senses[name])})
+        entries.append({"squashed": squashed, "lemmas": names, "synsets": list(counts), "uses": list(counts.values())})
+    return entries

@@ -1,6 +1,9 @@
+import hashlib
 import logging
-import shutil
+import re
+import zipfile
 
+import pyarrow.compute as pc
 import pytest
 
 from data_pipeline import wordnet
@@ -18,6 +21,35 @@ def test_all_nouns_of_wordnet_3_are_there_with_the_ids_of_imagenet(nouns):
     dog = nouns.synset(nouns.senses("dog")[0])
     assert (dog.name, dog.wnid) == ("dog.n.01", "n02084071")
     assert dog.lemmas == ["dog", "domestic_dog", "Canis_familiaris"]
+
+
+def test_the_bundled_nouns_are_princetons_with_glosses():
+    """And with the glosses blanked they are the dictionary of the first release, so no id, offset or pointer moved."""
+    with zipfile.ZipFile(wordnet.ARCHIVE) as archive:
+        data = archive.read("wordnet/data.noun")
+    assert hashlib.sha256(data).hexdigest() == "489f145e0f68877c0be5bd0eb4117adaaac52f38f6204eb8d85dbe2158b614cc"
+    blank = re.sub(rb"(?m)^(\d{8} .*? \| )(.*)$", lambda line: line[1] + b" " * len(line[2]), data)
+    assert hashlib.sha256(blank).hexdigest() == "a8d6726eddec910e040cbab04a297f3187e248a334bc4177a5108fb33d7c980a"
+
+
+def test_the_archive_carries_no_time_of_its_making():
+    with zipfile.ZipFile(wordnet.ARCHIVE) as archive:
+        assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        assert archive.namelist() == sorted(archive.namelist())
+
+
+def test_a_synset_has_a_gloss_examples_and_the_file_of_its_kind(nouns):
+    row = nouns.senses("dog")[0]
+    assert nouns.synset(row).gloss.startswith("a member of the genus Canis (probably descended from the common wolf)")
+    assert nouns.synset(row).lexname == "noun.animal"
+    assert nouns.synsets["examples"][row].as_py() == ["the dog barked all night"]
+    assert all(nouns.synsets["gloss"].to_pylist())
+    assert len(set(nouns.synsets["lexname"].to_pylist())) == 26
+
+
+def test_the_uses_of_a_sense_are_those_of_princetons_tagged_texts(nouns):
+    heart = nouns.lemmas.filter(pc.field("squashed") == "heart").to_pylist()[0]
+    assert heart["uses"] == [42, 25, 9, 5, 2, 1, 0, 0, 0, 0]
 
 
 def test_senses_come_in_the_order_of_wordnet(nouns):
@@ -68,7 +100,7 @@ def test_an_irregular_plural_must_be_the_last_word_of_the_compound(nouns):
 
 
 def test_squashing_takes_all_separators_away():
-    assert squash("Jack-o'-lantern Co._St.") == "jackolanterncost"
+    assert squash("Jack-o'-lantern Co._St. TCP/IP") == "jackolanterncosttcpip"
 
 
 def test_each_hashtag_is_counted_as_mapped_unmapped_or_ambiguous(nouns):
@@ -116,7 +148,38 @@ def test_without_a_writable_cache_the_tables_live_in_memory(nouns, monkeypatch, 
     assert "cannot keep the WordNet tables" in caplog.text
 
 
-def test_the_private_copy_of_the_dictionary_is_readable_by_its_owner_only(tmp_path):
-    wordnet._unpack(wordnet.ARCHIVE, tmp_path / "copy")
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "copy").iterdir()} == {0o600}
-    shutil.rmtree(tmp_path / "copy")
+@pytest.mark.slow
+def test_nltk_reads_the_same(nouns, tmp_path):
+    """Every noun and every lemma; nltk's own reading of a gloss differs where quotes are inside the definition."""
+    import nltk.data
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+
+    root = tmp_path / "corpora" / "wordnet"
+    root.mkdir(parents=True, mode=0o700)
+    with zipfile.ZipFile(wordnet.ARCHIVE) as archive:
+        for member in archive.infolist():
+            if not member.is_dir():
+                (root / member.filename.rpartition("/")[2]).write_bytes(archive.read(member))
+    nltk.data.path.insert(0, str(tmp_path))
+    try:
+        with pytest.warns(UserWarning, match="multilingual functions are not available"):
+            reader = WordNetCorpusReader(str(root), None)
+        rows = {synset.offset(): row for row, synset in enumerate(reader.all_synsets("n"))}
+        same_gloss = 0
+        for synset, ours in zip(reader.all_synsets("n"), nouns.synsets.to_pylist(), strict=True):
+            parents = {rows[parent.offset()] for parent in synset.hypernyms() + synset.instance_hypernyms()}
+            assert (synset.name(), f"n{synset.offset():08d}") == (ours["synset"], ours["wnid"])
+            assert (synset.lemma_names(), synset.lexname()) == (ours["lemmas"], ours["lexname"])
+            assert parents == set(ours["hypernyms"])
+            same_gloss += (synset.definition(), synset.examples()) == (ours["gloss"], ours["examples"])
+        assert same_gloss > 0.998 * len(nouns)
+        for entry in nouns.lemmas.to_pylist():
+            first = entry["lemmas"][0]
+            found = [rows[s.offset()] for s in reader.synsets(first, "n") if first in map(str.lower, s.lemma_names())]
+            found = list(dict.fromkeys(found))
+            assert entry["synsets"][: len(found)] == found
+        for tag in ("bat", "heart", "dog"):
+            uses = [next(m.count() for m in s.lemmas() if m.name() == tag) for s in reader.synsets(tag, "n")]
+            assert nouns.lemmas.filter(pc.field("squashed") == tag)["uses"].to_pylist() == [uses]
+    finally:
+        nltk.data.path.remove(str(tmp_path))
