@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 
 @dataclass(frozen=True)
@@ -11,12 +11,26 @@ class Call:
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    guarded: bool = False  # it opens what strangers made: never in the process that directs the build, and with limits
 
     def __call__(self) -> Any:
         return self.function(*self.arguments)
 
 
+@dataclass(frozen=True)
+class Lost:
+    """Instead of a result: the call took its worker with it. The worker is replaced; trying again is the caller's."""
+
+    reason: str  # killed_worker, timed_out, out_of_memory
+    detail: str  # the signal or exit code
+    position: int  # of the record it was working on; watch.NONE if it was between records
+
+
 class Runner(Protocol):
     def run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
-        """Position and result of each call, as they finish. The first exception ends it."""
+        """Position and result (or Lost) of each call, as they finish. The first exception ends it."""
         ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *ending: object) -> None: ...

@@ -1,70 +1,60 @@
-"""Tasks on this machine: in this process, or in a pool of spawned ones."""
+"""Tasks on this machine: in worker processes, or in this one."""
 
-import multiprocessing
 import os
-import signal
-import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
-from types import TracebackType
-from typing import Any
+from multiprocessing.connection import Connection, wait
+from typing import Any, Self
 
-from data_pipeline.errors import DataError
-from data_pipeline.runners import Call
+from data_pipeline.runners import Call, Lost
+from data_pipeline.runners.worker import Worker
+from data_pipeline.watch import Limits
 
 
 class LocalRunner:
-    """With one worker nothing is started; otherwise the pool starts with the first step that has two tasks."""
+    """Workers start when they are first needed: for two calls at once, or for one that is guarded.
 
-    def __init__(self, workers: int) -> None:
+    `workers=0` does everything in this process, where a debugger sees it: without limits, and what kills it kills all.
+    """
+
+    def __init__(self, workers: int, limits: Limits | None = None) -> None:
         self.workers = workers
-        self._pool: ProcessPoolExecutor | None = None
+        self.limits = limits or Limits()
+        self._idle: list[Worker] = []
 
-    def __enter__(self) -> "LocalRunner":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._pool is None:
-            return
-        self._pool.shutdown(wait=kind is None, cancel_futures=True)
-        if kind is not None:  # do not wait for what is under way: its results are thrown away
-            for process in multiprocessing.active_children():
-                process.terminate()
+    def __exit__(self, *ending: object) -> None:
+        while self._idle:
+            self._idle.pop().close()
 
     def run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
-        if self.workers == 1 or len(calls) < 2:
+        if self.workers == 0 or ((self.workers == 1 or len(calls) < 2) and not any(call.guarded for call in calls)):
             yield from ((number, call()) for number, call in enumerate(calls))
             return
-        if self._pool is None:
-            context = multiprocessing.get_context("spawn")  # fork and threads (Arrow's) do not go together
-            self._pool = ProcessPoolExecutor(self.workers, context, initializer=_start_worker)
+        waiting = deque(enumerate(calls))
+        holding: dict[Connection, tuple[Worker, int]] = {}
         try:
-            futures = {self._pool.submit(call): number for number, call in enumerate(calls)}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool:
-            raise DataError(
-                f"a worker process was killed, most likely for lack of memory; run the same command again with fewer "
-                f"than --workers {self.workers} (finished work is kept)"
-            ) from None
+            while waiting or holding:
+                while waiting and len(holding) < self.workers:
+                    worker = self._idle.pop() if self._idle else Worker(self.limits)
+                    number, call = waiting.popleft()
+                    holding[worker.connection] = worker, number
+                    worker.send(call)
+                for heard in wait(list(holding)):
+                    worker, number = holding[heard]  # pyright: ignore[reportArgumentType]
+                    for answer in worker.answers():
+                        del holding[worker.connection]
+                        if isinstance(answer, Lost) and worker.process.returncode is not None:
+                            worker.close()
+                        else:
+                            self._idle.append(worker)
+                        yield number, answer
+        finally:  # an exception, or nobody wants the rest: do not wait for what is under way
+            for worker, _ in holding.values():
+                worker.close(kill=True)
 
 
 def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered once, by the parent
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed cannot end its workers, and they would wait for it for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
