@@ -1,0 +1,208 @@
+"""Which pictures are copies of each other: exact ones by their bytes, near ones by the bits of their perceptual hash.
+
+    256 bits ─▶ 16 bands of 16 bits ─▶ buckets ─▶ pairs at most T bits apart ─▶ which one stays
+
+Two hashes that differ in fewer than 16 bits agree in a whole band, and two that differ in fewer than 32 agree in all
+but one bit of a band (Norouzi et al., 2012, multi-index hashing): every pair is found, none is looked for everywhere.
+A second look at the colours parts what has the same shape only. Arrays only, no files. Letters: N hashes, M pairs.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+BYTES: Final = 32  # of a hash
+BANDS: Final = 16
+BAND_BITS: Final = 16
+LARGEST_DISTANCE: Final = 2 * BANDS - 1  # beyond it a pair may agree in no band, not even but for one bit
+PAIRS_AT_ONCE: Final = 1 << 18  # compared in memory, 80 bytes each
+
+TRAINING: Final = 1  # bits of `kinds`: whose pictures have this hash
+EVALUATION: Final = 2
+
+Ints = NDArray[np.int64]
+
+
+class Hashes(NamedTuple):
+    """Distinct hashes, each with a number of its own."""
+
+    ids: Ints  # N
+    words: NDArray[np.uint64]  # N 4
+    kinds: NDArray[np.uint8]  # N
+
+    @property
+    def bands(self) -> NDArray[np.uint16]:
+        return self.words.view(np.uint16)  # N 16
+
+
+class Pairs(NamedTuple):
+    """Two numbers and how many bits their hashes are apart."""
+
+    first: Ints  # M
+    second: Ints  # M
+    distance: NDArray[np.uint8]  # M
+
+
+class Limits(NamedTuple):
+    """How many bits may differ; -1 finds nothing."""
+
+    near: int  # between training pictures
+    evaluation: int  # between a training and an evaluation picture
+
+    @property
+    def radius(self) -> int:
+        """How many bits of a band may differ."""
+        return max(0, max(self) // BANDS)
+
+
+# -------------------------------------------------------------------------------------------------------------- hashes
+
+
+def distances(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> Ints:
+    """Differing bits, over the last axis."""
+    return np.bitwise_count(first ^ second).sum(axis=-1, dtype=np.int64)
+
+
+def colours_apart(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The largest difference in any cell and colour, over the last axis."""
+    return (np.maximum(first, second) - np.minimum(first, second)).max(axis=-1, initial=0)
+
+
+def leaders(colours: NDArray[np.uint8], limit: int) -> Ints:
+    """For pictures of one hash, in the order of preference: the first one whose colours are as good as the same."""
+    found = np.full(len(colours), -1, np.int64)
+    waiting = np.arange(len(colours))
+    while len(waiting):
+        same = colours_apart(colours[waiting], colours[waiting[0]]) <= limit
+        found[waiting[same]] = waiting[0]
+        waiting = waiting[~same]
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+
+def pairs_within(hashes: Hashes, band: int, limits: Limits) -> Iterator[Pairs]:
+    """The pairs of a block that this band is the first to find."""
+    hashes = _sorted(hashes, band)
+    runs = _runs(hashes.bands[:, band])
+    everywhere = np.arange(len(runs.value))
+    yield from _verified(hashes, hashes, _expand(runs, runs, everywhere, everywhere), band, limits, same=True)
+    if limits.radius:
+        for bit in range(BAND_BITS):
+            left, right = _partners(runs, runs, 1 << bit)
+            lower = runs.value[left] & (1 << bit) == 0  # each two buckets once
+            yield from _verified(hashes, hashes, _expand(runs, runs, left[lower], right[lower]), band, limits)
+
+
+def pairs_between(first: Hashes, second: Hashes, band: int, bit: int, limits: Limits) -> Iterator[Pairs]:
+    """The same for two blocks whose hashes differ in this bit of the band, and in no other of it."""
+    first, second = _sorted(first, band), _sorted(second, band)
+    left, right = _runs(first.bands[:, band]), _runs(second.bands[:, band])
+    yield from _verified(first, second, _expand(left, right, *_partners(left, right, 1 << bit)), band, limits)
+
+
+class _Runs(NamedTuple):
+    """Stretches of equal band values in a sorted block."""
+
+    value: Ints
+    start: Ints
+    count: Ints
+
+
+def _sorted(hashes: Hashes, band: int) -> Hashes:
+    order = np.argsort(hashes.bands[:, band], kind="stable")
+    return Hashes(hashes.ids[order], hashes.words[order], hashes.kinds[order])
+
+
+def _runs(values: NDArray[np.uint16]) -> _Runs:
+    value, start, count = np.unique(values, return_index=True, return_counts=True)
+    return _Runs(value.astype(np.int64), start, count)
+
+
+def _partners(left: _Runs, right: _Runs, flip: int) -> tuple[Ints, Ints]:
+    """Positions of runs whose values differ in `flip` alone."""
+    wanted = left.value ^ flip
+    place = np.minimum(np.searchsorted(right.value, wanted), max(0, len(right.value) - 1))
+    found = np.flatnonzero(right.value[place] == wanted) if len(right.value) else np.empty(0, np.int64)
+    return found, place[found]
+
+
+def _expand(left: _Runs, right: _Runs, at: Ints, to: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """Every position of run `at` with every one of run `to`, some at a time however long the runs are."""
+    width = right.count[to]
+    height = np.maximum(1, PAIRS_AT_ONCE // np.maximum(width, 1))  # of a tile: that many rows of the left run
+    tiles = -(-left.count[at] // height)
+    run = np.repeat(np.arange(len(at)), tiles)
+    row = (np.arange(len(run)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * height[run]
+    rows = np.minimum(height[run], left.count[at][run] - row)
+    start_left, start_right, width = left.start[at][run] + row, right.start[to][run], width[run]
+    size = rows * width
+    group = (np.cumsum(size) - size) // PAIRS_AT_ONCE
+    edges = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(run)]
+    for low, high in itertools.pairwise(edges):
+        sizes = size[low:high]
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        across = np.repeat(width[low:high], sizes)
+        yield (
+            np.repeat(start_left[low:high], sizes) + within // across,
+            np.repeat(start_right[low:high], sizes) + within % across,
+        )
+
+
+def _verified(
+    left: Hashes,
+    right: Hashes,
+    candidates: Iterator[tuple[Ints, Ints]],
+    band: int,
+    limits: Limits,
+    *,
+    same: bool = False,
+) -> Iterator[Pairs]:
+    for i, j in candidates:
+        if same:
+            upper = i < j
+            i, j = i[upper], j[upper]
+        distance = distances(left.words[i], right.words[j])
+        close = distance <= max(limits)
+        i, j, distance = i[close], j[close], distance[close]
+        wanted = distance <= _limit(left.kinds[i], right.kinds[j], limits)
+        differing = np.bitwise_count(left.bands[i, :band] ^ right.bands[j, :band])
+        wanted &= ~(differing <= limits.radius).any(axis=1)  # an earlier band has found it
+        first, second = left.ids[i[wanted]], right.ids[j[wanted]]
+        if len(first):
+            yield Pairs(np.minimum(first, second), np.maximum(first, second), distance[wanted].astype(np.uint8))
+
+
+def _limit(first: NDArray[np.uint8], second: NDArray[np.uint8], limits: Limits) -> Ints:
+    """What counts between pictures of these kinds."""
+    training = (first & second & TRAINING) != 0
+    across = ((first & TRAINING != 0) & (second & EVALUATION != 0)) | (
+        (first & EVALUATION != 0) & (second & TRAINING != 0)
+    )
+    return np.maximum(np.where(training, limits.near, -1), np.where(across, limits.evaluation, -1))
+
+
+# ---------------------------------------------------------------------------------------------------------- resolution
+
+
+def choose(pairs: Pairs, count: int) -> tuple[Ints, Ints, NDArray[np.uint8]]:
+    """Who is removed, for whom, and how far away that one is. Numbers are places in the order of preference.
+
+    In that order, each stays unless one that stays is among its pairs: nobody is removed for the copy of a copy.
+    """
+    first, second = np.minimum(pairs.first, pairs.second), np.maximum(pairs.first, pairs.second)
+    order = np.argsort(second, kind="stable")
+    stays = bytearray(b"\1") * count
+    for better, worse in zip(first[order].tolist(), second[order].tolist(), strict=True):
+        if stays[better]:  # final: all its own pairs came before
+            stays[worse] = 0
+    kept = np.frombuffer(stays, np.uint8).astype(bool)
+    counts = kept[first] & ~kept[second]
+    first, second, distance = first[counts], second[counts], pairs.distance[counts]
+    order = np.lexsort((first, distance, second))  # the nearest of those that stay, then the one preferred most
+    removed, at = np.unique(second[order], return_index=True)
+    return removed, first[order][at], distance[order][at]
