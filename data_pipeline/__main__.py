@@ -10,10 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from data_pipeline.ending import leave
 from data_pipeline.errors import DataError, UsageError, UserError
+
+if TYPE_CHECKING:  # wrong flags are answered before anything large is loaded
+    from data_pipeline.runners import Runner
 
 INTERRUPTED: Final = 130
 
@@ -109,7 +112,7 @@ def _parser() -> Parser:
         metavar="N",
         help="characters; longer captions drop their image (default: 10000)",
     )
-    add("--workers", type=_number(int, 1, 1024), metavar="N", help="processes (default: one per CPU)")
+    _add_engine(build)
     add("--overwrite", action="store_true", help="replace the shard set that is in --output")
     inspect = commands.add_parser(
         "inspect", allow_abbrev=False, help="show and check a shard set", description="Show and check a shard set."
@@ -119,6 +122,47 @@ def _parser() -> Parser:
     inspect.add_argument("--top", type=_number(int, 1, 1000), default=15, metavar="N", help="labels from each end")
     inspect.add_argument("--workers", type=_number(int, 1, 1024), metavar="N", help="processes (default: one per CPU)")
     return parser
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    """Who does the work, and what a record may cost. The shard set has the same bytes whatever is chosen here."""
+    add = parser.add_argument
+    add("--engine", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster (default: local)")
+    add("--address", metavar="A", help="of the Ray cluster: auto, host:port, or local for a Ray of our own")
+    add(
+        "--workers",
+        type=_number(int, 0, 1024),
+        metavar="N",
+        help="processes (default: one per CPU); 0: this process alone, for debugging",
+    )
+    add(
+        "--record-timeout",
+        type=_number(float, 0, 86400),
+        default=60.0,
+        metavar="SECONDS",
+        help="a record that takes longer, three times, is dropped as timed_out; 0: no limit (default: 60)",
+    )
+    add(
+        "--worker-memory",
+        type=_number(float, 0, 4096),
+        default=4.0,
+        metavar="GIB",
+        help="a record for which a worker wants more is dropped as out_of_memory; 0: no limit (default: 4)",
+    )
+
+
+def _runner(options: argparse.Namespace) -> "Runner":
+    from data_pipeline.runners.local import LocalRunner, usable_cpus
+    from data_pipeline.watch import Limits
+
+    limits = Limits(options.record_timeout, int(options.worker_memory * (1 << 30)))
+    if options.engine == "local":
+        if options.address is not None:
+            raise UsageError(f"--address {options.address} is of a Ray cluster: give --engine ray too, or leave it out")
+        return LocalRunner(usable_cpus() if options.workers is None else options.workers, limits)
+    from data_pipeline.runners.ray import RayRunner
+
+    return RayRunner(options.address or "auto", options.workers, limits)
 
 
 def _number(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -151,7 +195,6 @@ def _build(options: argparse.Namespace) -> int:
         raise UsageError(f"--min-count {options.min_count!r} is neither auto nor a whole number from 1")
 
     from data_pipeline.build import build  # here: wrong flags are answered before pyarrow is loaded
-    from data_pipeline.runners.local import LocalRunner, usable_cpus
     from data_pipeline.shardset import ShardSet
     from data_pipeline.steps import Settings
     from data_pipeline.summary import Printer, print_counts, print_labels
@@ -168,7 +211,7 @@ def _build(options: argparse.Namespace) -> int:
         max_caption=options.max_caption,
     )
     start = time.monotonic()
-    with LocalRunner(options.workers or usable_cpus()) as runner:
+    with _runner(options) as runner:
         manifest, made = build(options.input, options.output, settings, runner, overwrite=options.overwrite)
     printer = Printer()
     if not made:

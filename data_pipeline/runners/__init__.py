@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 
@@ -29,6 +30,10 @@ class Lost:
 class Runner(Protocol):
     def run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
         """Position and result (or Lost) of each call, as they finish. The first exception ends it."""
+        ...
+
+    def blind(self, path: Path) -> list[str]:
+        """Machines that take part but do not see this file."""
         ...
 
     def __enter__(self) -> Self: ...

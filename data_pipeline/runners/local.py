@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Self
 
 from data_pipeline.runners import Call, Lost
@@ -17,9 +18,10 @@ class LocalRunner:
     `workers=0` does everything in this process, where a debugger sees it: without limits, and what kills it kills all.
     """
 
-    def __init__(self, workers: int, limits: Limits | None = None) -> None:
+    def __init__(self, workers: int, limits: Limits | None = None, *, outside: bool = False) -> None:
         self.workers = workers
         self.limits = limits or Limits()
+        self.outside = outside  # nothing in this process
         self._idle: list[Worker] = []
 
     def __enter__(self) -> Self:
@@ -30,7 +32,7 @@ class LocalRunner:
             self._idle.pop().close()
 
     def run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
-        if self.workers == 0 or ((self.workers == 1 or len(calls) < 2) and not any(call.guarded for call in calls)):
+        if not self._needs_workers(calls):
             yield from ((number, call()) for number, call in enumerate(calls))
             return
         waiting = deque(enumerate(calls))
@@ -54,6 +56,14 @@ class LocalRunner:
         finally:  # an exception, or nobody wants the rest: do not wait for what is under way
             for worker, _ in holding.values():
                 worker.close(kill=True)
+
+    def _needs_workers(self, calls: Sequence[Call]) -> bool:
+        if self.workers == 0:
+            return False
+        return self.outside or min(self.workers, len(calls)) > 1 or any(call.guarded for call in calls)
+
+    def blind(self, path: Path) -> list[str]:
+        return []
 
 
 def usable_cpus() -> int:

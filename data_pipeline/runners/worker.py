@@ -107,7 +107,7 @@ def work(calls: int, position: int) -> None:
             except (EOFError, ConnectionResetError):
                 break
             except Exception as error:  # a function or argument that cannot be found here
-                answer = "raised", _portable(error)
+                answer = "raised", portable(error)
             else:
                 answer = _carry_out(call, limits)
             connection.send(answer)
@@ -124,10 +124,10 @@ def _carry_out(call: Call, limits: Limits | None) -> tuple[str, Any]:
             except MemoryError as error:
                 return "done", Lost("out_of_memory", type(error).__name__, watch.where())
     except BaseException as error:
-        return "raised", _portable(error)
+        return "raised", portable(error)
 
 
-def _portable(error: BaseException) -> BaseException:
+def portable(error: BaseException) -> BaseException:
     """The exception, if it survives the way to the parent; else its text. Its traceback here goes along as a note."""
     if not isinstance(error, UserError):
         error.add_note(f"in a worker process:\n{traceback.format_exc()}")
