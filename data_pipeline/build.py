@@ -20,6 +20,7 @@ from typing import Any, Final
 import pyarrow.parquet as pq
 
 from data_pipeline import shardset
+from data_pipeline.decisions import Decisions
 from data_pipeline.errors import DataError
 from data_pipeline.files import sha256_file, write_bytes
 from data_pipeline.job import Counts, Job, Task, merge_counts, remove_temporary
@@ -69,7 +70,8 @@ def build(
         log.info("skipped %s: %s", clean(name), clean(why))
     if len(sources.skipped) > SHOWN:
         log.info("skipped %s more files; the manifest names them", f"{len(sources.skipped) - SHOWN:,}")
-    identity = _identity(sources, settings, runner)
+    decisions = Decisions.read(settings, output)
+    identity = _identity(sources, settings, runner) | {"decisions": decisions.hashes}
     existed = output.is_dir()
     up_to_date = _up_to_date(output, identity, overwrite)
     if up_to_date and not (output / WORK).exists():
@@ -79,9 +81,10 @@ def build(
         if up_to_date:
             shutil.rmtree(work.folder)  # also what a build left that was killed after its last file
             return shardset.read_manifest(output)[0], False
+        decisions.check()  # before anything is removed
         if overwrite:
             _remove(output)
-        _prepare(work, identity)
+        _prepare(work, identity, decisions)
         try:
             content = _run_steps(work, output, settings, sources, Job(work.folder, runner), partition_rows)
         except NothingKeptError:
@@ -204,6 +207,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
             yield f"the input {path} has changed"
     if old.get("inputs") != new["inputs"] and files_before == files_after:
         yield "the inputs come in another order or number"
+    for name, sha256 in new["decisions"].items():
+        if old.get("decisions", {}).get(name) != sha256 and before.get(name) == after.get(name):
+            yield f"the file of --{name.replace('_', '-')} has changed"
     for name in ("wordnet_sha256", "versions"):
         if old.get(name) != new[name]:
             yield f"{name} was {old.get(name)}, now {new[name]}"
@@ -236,12 +242,13 @@ def _locked(output: Path) -> Iterator[None]:
         yield
 
 
-def _prepare(work: Work, identity: dict[str, Any]) -> None:
+def _prepare(work: Work, identity: dict[str, Any], decisions: Decisions) -> None:
     remove_temporary(work.folder.parent)
     if (work.folder / "job.json").is_file():
         log.info("continuing the unfinished build in %s", work.folder.parent)
     else:
         write_bytes(work.folder / "job.json", json.dumps(identity).encode())
+    decisions.lay_down(work)
     if not (work.wordnet / "complete").is_file():
         open_wordnet().save(work.wordnet)
         write_bytes(work.wordnet / "complete", b"")

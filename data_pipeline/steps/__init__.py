@@ -17,7 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline import schema
+from data_pipeline.images import Limits, Options
+from data_pipeline.overrides import Overrides
 from data_pipeline.shardset import write_table
+from data_pipeline.tombstones import Tombstones
 from data_pipeline.wordnet import WordNet
 
 ROW_GROUP: Final = 2000  # rows of the labelled table that a shard reads at once
@@ -31,17 +34,33 @@ class Settings:
     max_caption: int = 10_000  # characters
     keep_unlabelled: bool = False
     senses: str = "evidence"  # evidence, first, all, unambiguous
+    overrides: str | None = None  # file of the user
+    deny_list: str = "all"  # none, non-visual, sensitive, all, or a file
+    # classes
     min_count: str = "auto"
+    vocabulary_size: int | None = None
+    vocabulary: str | None = None  # a frozen one: shard set or file
+    tombstones: str | None = None  # images that were taken down
     # resampling
     resample: str = "sqrt"
     epoch_factor: float | None = None  # None: the papers' 5/3, unless a threshold or a number of samples is given
     epoch_samples: int | None = None
     threshold: float | None = None
     # pictures
-    resize: int | None = None  # short side in pixels
-    quality: int = 90  # of resized pictures, JPEG
+    resize: int | None = None  # pixels
+    resize_side: str = "short"  # or long
+    quality: int = 90  # of pictures that are stored as a new JPEG
+    min_side: int = Limits.min_side
+    max_pixels: int = Limits.max_pixels
+    max_aspect: float = Limits.max_aspect
+    max_bytes: int = Limits.max_bytes
     # shards
     samples_per_shard: int = 1000
+
+    def pictures(self) -> Options:
+        """What is asked of `images.prepare`."""
+        limits = Limits(self.min_side, self.max_pixels, self.max_aspect, self.max_bytes)
+        return Options(limits, self.resize, self.resize_side, self.quality)
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,19 @@ class Work:
     @property
     def vocabulary(self) -> Path:
         return self.folder / "vocabulary.parquet"
+
+    @property
+    def overrides(self) -> Path:
+        return self.folder / "overrides.json"
+
+    @property
+    def tombstones(self) -> Path:
+        return self.folder / "tombstones.json"
+
+    @property
+    def frozen(self) -> Path:
+        """A copy of the vocabulary that is used again."""
+        return self.folder / "frozen.parquet"
 
     @property
     def classes(self) -> Path:
@@ -88,6 +120,16 @@ class Work:
 @functools.lru_cache(maxsize=1)
 def read_wordnet(folder: Path) -> WordNet:
     return WordNet.load(folder)
+
+
+@functools.lru_cache(maxsize=1)
+def read_overrides(path: Path) -> Overrides:
+    return Overrides.open(path)
+
+
+@functools.lru_cache(maxsize=1)
+def read_tombstones(path: Path) -> Tombstones:
+    return Tombstones.open(path)
 
 
 def read_unique(work: Work, partition: int, columns: list[str] | None = None) -> pa.Table:

@@ -1,0 +1,132 @@
+"""Step read: one pass over the sources. Texts become hashtags, images are checked and laid down."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data_pipeline import hashtags, images, schema, shardset
+from data_pipeline.errors import DataError
+from data_pipeline.files import atomic_write, sha256_file
+from data_pipeline.job import Counts
+from data_pipeline.shardset import safe_key
+from data_pipeline.sources import Piece
+from data_pipeline.steps import Settings, Work, read_tombstones, read_wordnet, write_dropped
+from data_pipeline.wordnet import WordNet
+
+MAX_TEXT: Final = 1000  # characters of language, source, licence and url; ours
+TEXTS: Final = ("language", "source", "licence", "url")
+
+
+def read(
+    work: Work, settings: Settings, task: int, piece: Piece, partitions: int, skip: Collection[int] = ()
+) -> Counts:
+    """Records of all usable rows of a piece, grouped by partition. Rows in `skip` (positions in the piece) killed a
+    worker before and are not touched."""
+    counts: Counter[str] = Counter(read=0)
+    changed: Counter[str] = Counter()
+    dropped: list[dict[str, str | None]] = []
+    rows: list[dict[str, Any]] = []
+    position = 0
+    with atomic_write(work.images(task)) as laid:
+        for table in piece.read():
+            for row, reason, detail in _records(table, settings, read_wordnet(work.wordnet)):
+                if position in skip:
+                    reason, detail = "killed_worker", ""
+                if reason is None and read_tombstones(work.tombstones).holds(row["image"]):
+                    reason = "taken_down"
+                if reason is None:
+                    reason, detail = _place_image(row, settings, laid, work.images(task))
+                if reason is None:
+                    changed.update(row["changes"])
+                    order = hashlib.sha256(row["key"].encode()).digest()
+                    rows.append(row | {"task": task, "order": order, "partition": partition_of(order, partitions)})
+                else:
+                    dropped.append({"key": row["key"], "reason": reason, "detail": detail, "source": row["source"]})
+                position += 1
+    counts["read"] = position
+    records = pa.Table.from_pylist(rows, schema=schema.RECORDS).sort_by("partition")
+    with atomic_write(work.table("records", task)) as file, pq.ParquetWriter(file, schema.RECORDS) as writer:
+        for partition in range(partitions):  # a row group each, so that `merge` reads only its own
+            writer.write_table(records.filter(pc.field("partition") == partition))
+    write_dropped(work.table("dropped_read", task), dropped)
+    return {**counts, "changed": dict(changed), "dropped": dict(Counter(row["reason"] for row in dropped))}
+
+
+def partition_of(order: bytes, partitions: int) -> int:
+    """Partitions follow each other in the order of the samples."""
+    return int.from_bytes(order[:2], "big") * partitions >> 16
+
+
+def _records(
+    table: pa.Table, settings: Settings, wordnet: WordNet
+) -> Iterator[tuple[dict[str, Any], str | None, str | None]]:
+    """Each row of a source with its hashtags, why it cannot be used, and the details of that."""
+    for row in table.to_pylist():
+        reason = _text_problem(row, settings)
+        row["hashtags"] = [] if reason else _hashtags(row)
+        row |= {"other_captions": [], "weight": 1.0 if row["weight"] is None else row["weight"]}
+        if reason is None and 4 * sum(map(len, row["hashtags"])) > shardset.MAX_JSON // 4:
+            reason = "too_many_hashtags"
+        if reason is None and not settings.keep_unlabelled and not any(map(wordnet.senses, row["hashtags"])):
+            reason = why_unlabelled(row)  # before the image is decoded for nothing
+        yield row, reason, None
+
+
+def _text_problem(row: dict[str, Any], settings: Settings) -> str | None:
+    if row["problem"] is not None:
+        return row["problem"]
+    row["key"] = safe_key(row["key"])
+    if len(row["caption"] or "") > settings.max_caption:
+        return "caption_too_long"
+    if any(len(row[name] or "") > MAX_TEXT for name in TEXTS):
+        return "text_too_long"
+    return None if row["image"] is not None else "missing_image"
+
+
+def _hashtags(row: dict[str, Any]) -> list[str]:
+    return hashtags.unique([*hashtags.extract(row["caption"] or ""), *hashtags.from_column(row["hashtags"] or ())])
+
+
+def why_unlabelled(row: dict[str, Any]) -> str:
+    """The reason for an image without labels."""
+    if row.get("synsets"):
+        return "below_min_count"
+    if row["hashtags"]:
+        return "no_synset"
+    return "no_caption" if row["caption"] is None else "no_hashtags"
+
+
+def _place_image(
+    row: dict[str, Any], settings: Settings, laid: BinaryIO, laid_path: Path
+) -> tuple[str | None, str | None]:
+    """Check the image and say where its bytes are; reason and detail if it is bad."""
+    original: bytes = row["image"]
+    try:
+        prepared = images.prepare(original, settings.pictures())
+    except images.BadImage as error:
+        return error.reason, error.detail
+    stored, row["extension"] = prepared.data, prepared.extension
+    row |= {"width": prepared.width, "height": prepared.height, "perceptual_hash": prepared.perceptual_hash}
+    row["changes"] = prepared.changes
+    row["image_size"], row["image_sha256"] = len(stored), hashlib.sha256(stored).digest()
+    row["content_sha256"] = row["image_sha256"] if stored is original else hashlib.sha256(original).digest()
+    if stored is original and row["path"] is not None:
+        row["image_path"], row["image_offset"] = row["path"], 0
+    else:
+        row["image_path"], row["image_offset"] = str(laid_path), laid.tell()
+        laid.write(stored)
+    return None, None
+
+
+def hash_files(files: list[tuple[str, Path]]) -> list[tuple[str, int, str]]:
+    """Name, size and sha256 of input files."""
+    try:
+        return [(name, path.stat().st_size, sha256_file(path)) for name, path in files]
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename} ({error.strerror})") from None

@@ -1,0 +1,82 @@
+"""Images that were taken down: a line of JSON each, by hash, so that no later build lets them in again.
+
+    {"key": "photo17", "content_sha256": "…", "stored_sha256": "…", "perceptual_hash": "…", "reason": "on request"}
+
+A line names no caption and no source. `content_sha256` is of the bytes as they came, `stored_sha256` of those in the
+shard, `perceptual_hash` finds smaller and re-encoded copies (see phash.py).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from data_pipeline.errors import DataError
+from data_pipeline.files import write_bytes
+
+NAME: Final = "tombstones.jsonl"
+HASHES: Final = ("content_sha256", "stored_sha256", "perceptual_hash")
+
+
+@dataclass(frozen=True)
+class Tombstone:
+    key: str
+    content_sha256: str
+    stored_sha256: str
+    perceptual_hash: str | None
+    reason: str
+    date: str | None = None  # only if the user gave one: the same call gives the same bytes
+
+    def line(self) -> str:
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None}) + "\n"
+
+
+@dataclass(frozen=True)
+class Tombstones:
+    """What a build looks images up in."""
+
+    hashes: frozenset[bytes]  # sha256 of bytes as they came, or as they were stored
+
+    def holds(self, image: bytes) -> bool:
+        return bool(self.hashes) and hashlib.sha256(image).digest() in self.hashes
+
+    @staticmethod
+    def none() -> "Tombstones":
+        return Tombstones(frozenset())
+
+    @staticmethod
+    def parse(path: Path, data: bytes) -> "Tombstones":
+        lines = read_lines(path, data)
+        return Tombstones(frozenset(bytes.fromhex(line[name]) for line in lines for name in HASHES[:2] if name in line))
+
+    def save(self, path: Path) -> None:
+        write_bytes(path, json.dumps(sorted(value.hex() for value in self.hashes)).encode())
+
+    @staticmethod
+    def open(path: Path) -> "Tombstones":
+        return Tombstones(frozenset(map(bytes.fromhex, json.loads(path.read_bytes()))))
+
+
+def read_lines(path: Path, data: bytes) -> list[dict[str, str]]:
+    """Raises DataError at a line that is none of ours: a tombstone that is not understood lets an image in."""
+    found: list[dict[str, str]] = []
+    for number, text in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict) or not any(name in line for name in HASHES):
+                raise ValueError("it names no hash")
+            for name in HASHES:
+                if len(bytes.fromhex(line.get(name) or "00" * 32)) != 32:
+                    raise ValueError(f"{name} is no hash of 32 bytes")
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(f"{path}, line {number} is no tombstone ({error}); take it out or mend it") from None
+        found.append({name: value for name, value in line.items() if value is not None})
+    return found
+
+
+def as_lines(tombstones: Iterable[Tombstone], known: Iterable[Mapping[str, str]] = ()) -> bytes:
+    """What is new after what is known already."""
+    old = [json.dumps(dict(line)) + "\n" for line in known]
+    return "".join([*old, *(stone.line() for stone in tombstones)]).encode()
