@@ -133,7 +133,7 @@ def build(run: Callable[..., Result], tmp_path: Path) -> Callable[..., tuple[dic
     def call(source: Any, *options: object) -> tuple[dict[str, Any], Path]:
         path = source if isinstance(source, Path) else write_parquet(tmp_path / "in.parquet", source)
         output = tmp_path / "shards"
-        result = run("build", "--input", path, "--output", output, "--workers", 1, *options)
+        result = run("build", "--input", path, "--output", output, "--workers", 0, *options)
         assert result.code == 0, result.err
         return ShardSet.open(output).manifest, output
 
