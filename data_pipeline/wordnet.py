@@ -8,6 +8,7 @@ the tables are kept as Parquet under ${XDG_CACHE_HOME:-~/.cache}/maws-open, keye
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import re
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -83,11 +86,23 @@ class WordNet:
         self.synsets = synsets
         self.lemmas = lemmas
         self.exceptions = exceptions
-        self._rows = {squashed: row for row, squashed in enumerate(lemmas["squashed"].to_pylist())}
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, int]:
+        return {squashed: row for row, squashed in enumerate(self.lemmas["squashed"].to_pylist())}
+
+    @functools.cached_property
+    def _singulars(self) -> dict[str, list[str]]:
         singulars: dict[str, list[str]] = {}
-        for plural, singular in zip(*(column.to_pylist() for column in exceptions.columns), strict=True):
+        for plural, singular in zip(*(column.to_pylist() for column in self.exceptions.columns), strict=True):
             singulars.setdefault(plural, []).append(singular)
-        self._singulars = singulars
+        return singulars
+
+    @functools.cached_property
+    def _senses(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Where the senses of each lemma begin, and all of them."""
+        column = self.lemmas["synsets"].combine_chunks()
+        return column.offsets.to_numpy(), column.values.to_numpy()
 
     def __len__(self) -> int:
         return self.synsets.num_rows
@@ -100,12 +115,23 @@ class WordNet:
 
     def senses(self, hashtag: str) -> list[int]:
         """Synsets a hashtag can name, most usual first; none if it is no noun. It is never split into single words."""
+        row = self._row(hashtag)
+        if row is None:
+            return []
+        begin, flat = self._senses
+        return flat[begin[row] : begin[row + 1]].tolist()
+
+    def lemma(self, hashtag: str) -> str | None:
+        """The squashed lemma it is, or is the plural of."""
+        row = self._row(hashtag)
+        return None if row is None else self.lemmas["squashed"][row].as_py()
+
+    def _row(self, hashtag: str) -> int | None:
         squashed = squash(hashtag)
-        for candidate in (squashed, *self._reduce(squashed)):
-            row = self._rows.get(candidate)
-            if row is not None:
-                return self.lemmas["synsets"][row].as_py()
-        return []
+        for candidate in itertools.chain((squashed,), self._reduce(squashed)):
+            if (row := self._rows.get(candidate)) is not None:
+                return row
+        return None
 
     def _reduce(self, plural: str) -> Iterator[str]:
         """Singular forms, the ending belonging to the last word of a compound: polarbears, computermice."""
