@@ -23,7 +23,7 @@ from data_pipeline import shardset
 from data_pipeline.decisions import Decisions
 from data_pipeline.errors import DataError
 from data_pipeline.files import sha256_file, write_bytes
-from data_pipeline.job import Counts, Job, Task, merge_counts, remove_temporary
+from data_pipeline.job import Counts, Job, Records, Task, merge_counts, remove_temporary
 from data_pipeline.progress import progress
 from data_pipeline.resample import CAP, EPOCH_FACTOR, Repeats
 from data_pipeline.runners import Call, Runner
@@ -31,7 +31,7 @@ from data_pipeline.sources import Sources, discover
 from data_pipeline.steps import Settings, Work
 from data_pipeline.steps.labels import choose_vocabulary, label, senses
 from data_pipeline.steps.merge import merge
-from data_pipeline.steps.read import hash_files, read
+from data_pipeline.steps.read import describe, hash_files, probe, read
 from data_pipeline.steps.shards import collect, plan, shard, verify
 from data_pipeline.summary import clean
 from data_pipeline.wordnet import archive_sha256, open_wordnet
@@ -276,6 +276,7 @@ def _run_steps(
             (work, settings, number, piece, partitions),
             (work.table("records", number), work.images(number), work.table("dropped_read", number)),
             piece.rows,
+            Records(piece.rows, probe, describe),
         )
         for number, piece in enumerate(sources.pieces)
     ]

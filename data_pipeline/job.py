@@ -27,7 +27,7 @@ from data_pipeline.runners import Call, Lost, Runner
 log = logging.getLogger(__name__)
 
 Counts = dict[str, Any]  # numbers by name, or by name and reason
-Skipped = dict[int, str]  # position of a record in its task -> reason
+LeftOut = dict[int, dict[str, Any]]  # position of a record in its task -> reason, detail and what it is called
 
 TEMPORARY: Final = ".*.tmp"  # what files.atomic_write leaves when it is killed
 DEATHS: Final = 3  # after which a record alone, or a task as a whole, is taken to be the cause
@@ -39,7 +39,7 @@ MAX_QUARANTINED: Final = 100  # records of one task; more is a broken file or ma
 class Records:
     """How to run a task on part of its records, to find the one that kills its worker.
 
-    The task's own function takes what is left out (Skipped) as its last argument.
+    The task's own function takes what is left out (LeftOut) as its last argument.
     """
 
     count: int
@@ -175,8 +175,8 @@ class Job:
                 "--input, or give --worker-memory and --record-timeout higher values, and use --overwrite"
             )
 
-    def _left_out(self, step: str, number: int) -> Skipped:
-        return {int(at): record["reason"] for at, record in _read(self._quarantine_path(step, number)).items()}
+    def _left_out(self, step: str, number: int) -> LeftOut:
+        return {int(at): record for at, record in _read(self._quarantine_path(step, number)).items()}
 
     # -------------------------------------------------------------------------------------------------- on disk
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import watch
+from data_pipeline.job import LeftOut
 
 Mishaps = Mapping[int, str]  # record -> what befalls it
 
@@ -35,14 +36,18 @@ def happen(mishap: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def total(numbers: list[int], mishaps: Mishaps, out: Path, left_out: Mapping[int, str]) -> dict[str, Any]:
+def total(numbers: list[int], mishaps: Mishaps, out: Path, left_out: LeftOut) -> dict[str, Any]:
     """A task over records: their sum, into a file and as counts."""
     kept = visit(numbers, mishaps, 0, len(numbers), left_out)
     out.write_text(str(sum(kept)))
     watch.between_records()
     if -1 in mishaps:
         happen(mishaps[-1])
-    return {"read": len(numbers), "sum": sum(kept), "dropped": dict.fromkeys(sorted(left_out.values()), 1)}
+    return {
+        "read": len(numbers),
+        "sum": sum(kept),
+        "dropped": dict.fromkeys(sorted(one["reason"] for one in left_out.values()), 1),
+    }
 
 
 def probe(numbers: list[int], mishaps: Mishaps, out: Path, start: int, stop: int) -> None:
@@ -53,7 +58,7 @@ def describe(numbers: list[int], mishaps: Mishaps, out: Path, position: int) -> 
     return {"key": f"n{numbers[position]}"}
 
 
-def visit(numbers: list[int], mishaps: Mishaps, start: int, stop: int, left_out: Mapping[int, str]) -> list[int]:
+def visit(numbers: list[int], mishaps: Mishaps, start: int, stop: int, left_out: LeftOut) -> list[int]:
     kept = []
     for position in range(start, stop):
         if position in left_out:
@@ -65,7 +70,7 @@ def visit(numbers: list[int], mishaps: Mishaps, start: int, stop: int, left_out:
     return kept
 
 
-def quietly(numbers: list[int], mishaps: Mishaps, out: Path, left_out: Mapping[int, str]) -> dict[str, Any]:
+def quietly(numbers: list[int], mishaps: Mishaps, out: Path, left_out: LeftOut) -> dict[str, Any]:
     """The same, without ever saying which record it is at: as when a file of records is opened."""
     kept = [n for at, n in enumerate(numbers) if at not in left_out]
     for at in mishaps:

@@ -1,8 +1,9 @@
 """Step read: one pass over the sources. Texts become hashtags, images are checked and laid down."""
 
 import hashlib
+import os
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -10,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline import hashtags, images, schema, shardset
+from data_pipeline import hashtags, images, schema, shardset, watch
 from data_pipeline.errors import DataError
 from data_pipeline.files import atomic_write, sha256_file
-from data_pipeline.job import Counts
+from data_pipeline.job import Counts, LeftOut
 from data_pipeline.shardset import safe_key
 from data_pipeline.sources import Piece
 from data_pipeline.steps import Settings, Work, read_tombstones, read_wordnet, write_dropped
@@ -24,7 +25,7 @@ TEXTS: Final = ("language", "source", "licence", "url")
 
 
 def read(
-    work: Work, settings: Settings, task: int, piece: Piece, partitions: int, skip: Collection[int] = ()
+    work: Work, settings: Settings, task: int, piece: Piece, partitions: int, skip: LeftOut | None = None
 ) -> Counts:
     """Records of all usable rows of a piece, grouped by partition. Rows in `skip` (positions in the piece) killed a
     worker before and are not touched."""
@@ -32,24 +33,15 @@ def read(
     changed: Counter[str] = Counter()
     dropped: list[dict[str, str | None]] = []
     rows: list[dict[str, Any]] = []
-    position = 0
     with atomic_write(work.images(task)) as laid:
-        for table in piece.read():
-            for row, reason, detail in _records(table, settings, read_wordnet(work.wordnet)):
-                if position in skip:
-                    reason, detail = "killed_worker", ""
-                if reason is None and read_tombstones(work.tombstones).holds(row["image"]):
-                    reason = "taken_down"
-                if reason is None:
-                    reason, detail = _place_image(row, settings, laid, work.images(task))
-                if reason is None:
-                    changed.update(row["changes"])
-                    order = hashlib.sha256(row["key"].encode()).digest()
-                    rows.append(row | {"task": task, "order": order, "partition": partition_of(order, partitions)})
-                else:
-                    dropped.append({"key": row["key"], "reason": reason, "detail": detail, "source": row["source"]})
-                position += 1
-    counts["read"] = position
+        for row, reason, detail in examine(work, settings, task, piece, laid, (0, piece.rows), skip or {}):
+            counts["read"] += 1
+            if reason is None:
+                changed.update(row["changes"])
+                order = hashlib.sha256(row["key"].encode()).digest()
+                rows.append(row | {"task": task, "order": order, "partition": partition_of(order, partitions)})
+            else:
+                dropped.append({"key": row["key"], "reason": reason, "detail": detail, "source": row["source"]})
     records = pa.Table.from_pylist(rows, schema=schema.RECORDS).sort_by("partition")
     with atomic_write(work.table("records", task)) as file, pq.ParquetWriter(file, schema.RECORDS) as writer:
         for partition in range(partitions):  # a row group each, so that `merge` reads only its own
@@ -58,16 +50,59 @@ def read(
     return {**counts, "changed": dict(changed), "dropped": dict(Counter(row["reason"] for row in dropped))}
 
 
+def examine(
+    work: Work,
+    settings: Settings,
+    task: int,
+    piece: Piece,
+    laid: BinaryIO,
+    span: tuple[int, int],
+    skip: LeftOut,
+) -> Iterator[tuple[dict[str, Any], str | None, str | None]]:
+    """Each row between two positions of a piece, and reason and detail if it is dropped; its image goes to `laid`."""
+    position = span[0]
+    for stop in (*sorted(skip), span[1]):
+        if position < stop:
+            part = piece if (position, stop) == (0, piece.rows) else piece.part(position, stop)
+            for table in part.read():
+                for row, reason, detail in _records(table, settings, read_wordnet(work.wordnet), position):
+                    if reason is None and read_tombstones(work.tombstones).holds(row["image"]):
+                        reason = "taken_down"
+                    if reason is None:
+                        reason, detail = _place_image(row, settings, laid, work.images(task))
+                    yield row, reason, detail
+                position += len(table)
+                watch.between_records()
+        if stop in skip:
+            yield {"key": None, "source": None} | skip[stop], skip[stop]["reason"], skip[stop]["detail"]
+        position = stop + 1
+
+
+def probe(work: Work, settings: Settings, task: int, piece: Piece, partitions: int, start: int, stop: int) -> None:
+    """All that `read` does to these rows, and no files."""
+    with Path(os.devnull).open("wb") as nowhere:
+        for _ in examine(work, settings, task, piece, nowhere, (start, stop), {}):
+            pass
+
+
+def describe(work: Work, settings: Settings, task: int, piece: Piece, partitions: int, position: int) -> dict[str, Any]:
+    """What a row that is left out is called."""
+    row = next(piece.part(position, position + 1).read()).slice(0, 1).to_pylist()[0]
+    key = row["key"] if row["problem"] is not None else safe_key(row["key"])
+    return {"key": key, "source": row["source"], "row": row["row"]}
+
+
 def partition_of(order: bytes, partitions: int) -> int:
     """Partitions follow each other in the order of the samples."""
     return int.from_bytes(order[:2], "big") * partitions >> 16
 
 
 def _records(
-    table: pa.Table, settings: Settings, wordnet: WordNet
+    table: pa.Table, settings: Settings, wordnet: WordNet, position: int
 ) -> Iterator[tuple[dict[str, Any], str | None, str | None]]:
     """Each row of a source with its hashtags, why it cannot be used, and the details of that."""
-    for row in table.to_pylist():
+    for number, row in enumerate(table.to_pylist()):
+        watch.record(position + number)
         reason = _text_problem(row, settings)
         row["hashtags"] = [] if reason else _hashtags(row)
         row |= {"other_captions": [], "weight": 1.0 if row["weight"] is None else row["weight"]}
