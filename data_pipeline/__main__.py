@@ -1,5 +1,6 @@
 """python -m data_pipeline build --input PHOTOS --output SHARDS
 python -m data_pipeline inspect SHARDS
+python -m data_pipeline report SHARDS [--output FILE]
 """
 
 import argparse
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m data_pipeline", description="Captioned pictures -> labels from hashtags -> shards.")
-    commands = parser.add_subparsers(required=True, metavar="build|inspect")
+    commands = parser.add_subparsers(required=True, metavar="build|inspect|report")
     build = commands.add_parser(
         "build",
         allow_abbrev=False,
@@ -89,22 +90,19 @@ def _parser() -> Parser:
         help="images a synset needs to be a class; auto: a thousandth of the images that name a noun, from 1 to 50",
     )
     add("--keep-unlabelled", action="store_true", help="keep images without any class (mae and lit can use them)")
-    add("--resample", choices=("sqrt", "none"), default="sqrt", help="repeat images of rare synsets (default: sqrt)")
-    add(
-        "--epoch-factor",
-        type=_number(float, 1),
-        metavar="X",
-        help="mean repeat of labelled images, which sets the threshold (default: 5/3)",
-    )
-    add("--threshold", type=_number(float, 0), metavar="T", help="the threshold itself: a share of the images")
+    _add_decisions(build)
+    _add_resampling(build)
     add("--samples-per-shard", type=_number(int, 1, 10_000), default=1000, metavar="N", help="at most (default: 1000)")
     add(
         "--resize",
         type=_number(int, 8, 10_000),
-        metavar="SHORT_SIDE",
-        help="shrink larger pictures to this short side, as jpg (default: jpg, png and webp stay the bytes they are)",
+        metavar="SIDE",
+        help="shrink larger pictures to this side in pixels, as jpg (default: no; jpg, png and webp stay as they "
+        "are if every reader sees the same in them: upright, sRGB, 8 bits, opaque)",
     )
-    add("--quality", type=_number(int, 1, 100), metavar="Q", help="of resized pictures (default: 90)")
+    add("--resize-side", choices=("short", "long"), help="the side that --resize means (default: short)")
+    add("--quality", type=_number(int, 1, 100), default=90, metavar="Q", help="of a new jpg (default: 90)")
+    _add_limits(build)
     add(
         "--max-caption",
         type=_number(int, 1, 20_000),
@@ -121,7 +119,101 @@ def _parser() -> Parser:
     inspect.add_argument("shards", type=Path, metavar="SHARDS")
     inspect.add_argument("--top", type=_number(int, 1, 1000), default=15, metavar="N", help="labels from each end")
     inspect.add_argument("--workers", type=_number(int, 1, 1024), metavar="N", help="processes (default: one per CPU)")
+    _add_report(commands.add_parser(
+        "report", allow_abbrev=False, help="make the data page", description="One HTML page that shows a shard set."
+    ))  # fmt: skip
     return parser
+
+
+def _add_decisions(parser: argparse.ArgumentParser) -> None:
+    """What people decide about tags and classes."""
+    add = parser.add_argument
+    add(
+        "--vocabulary-size",
+        type=_number(int, 1),
+        metavar="N",
+        help="classes wanted: the minimum count whose number of classes is nearest to N (equal counts stay together)",
+    )
+    add(
+        "--vocabulary",
+        metavar="SHARDS|FILE",
+        help="use the classes of another shard set, index by index, and no others",
+    )
+    add(
+        "--overrides",
+        metavar="FILE",
+        help="YAML: force tags to synsets, forbid tags, synsets and branches, merge synsets",
+    )
+    add(
+        "--deny-list",
+        default="all",
+        metavar="PART",
+        help="part of the shipped deny-list in force: none, non-visual, sensitive or all (default); or a file like it",
+    )
+    add("--tombstones", metavar="FILE", help="tombstones.jsonl of a takedown: these images are left out")
+
+
+def _add_resampling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--resample",
+        choices=("sqrt", "identity", "cap", "none"),
+        default="sqrt",
+        help="repeat images of rare synsets by the square root of t/f (sqrt, the default) or by t/f itself (identity), "
+        "or thin out frequent synsets as MetaCLIP does (cap)",
+    )
+    add(
+        "--epoch-factor",
+        type=_ratio,
+        metavar="X",
+        help="mean repeat of labelled images, which sets the threshold: 5/3 (default), 1.5; below 1 with cap",
+    )
+    add("--epoch-samples", type=_number(int, 1), metavar="N", help="samples of an epoch, which sets the threshold")
+    add("--threshold", type=_number(float, 0), metavar="T", help="the threshold itself: a share of the images")
+    add(
+        "--materialise",
+        action="store_true",
+        help="store copies KEY+2, KEY+3, … instead of repeat factors, for readers that know none",
+    )
+
+
+def _ratio(text: str) -> float:
+    """5/3 or 1.5."""
+    try:
+        above, _, below = text.partition("/")
+        value = float(above) / (float(below) if below else 1.0)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, such as 5/3 or 1.5")
+    return value
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """What is dropped by its header. The defaults are those of images.py, which would be slow to load here."""
+    add = parser.add_argument
+    add("--min-side", type=_number(int, 1, 10_000), default=8, metavar="N", help="pixels a picture needs (default: 8)")
+    add(
+        "--max-pixels",
+        type=_number(int, 1, 178_000_000),
+        default=100_000_000,
+        metavar="N",
+        help="larger pictures are dropped (default: 100000000)",
+    )
+    add(
+        "--max-aspect",
+        type=_number(float, 1),
+        default=20.0,
+        metavar="X",
+        help="pictures longer than X to 1 are dropped (default: 20)",
+    )
+    add(
+        "--max-bytes",
+        type=_number(int, 1, 64 << 20),
+        default=64 << 20,
+        metavar="N",
+        help="larger files are dropped (default: 67108864, which is also the most)",
+    )
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
@@ -165,6 +257,12 @@ def _runner(options: argparse.Namespace) -> "Runner":
     return RayRunner(options.address or "auto", options.workers, limits)
 
 
+def _add_report(report: argparse.ArgumentParser) -> None:
+    report.set_defaults(command=_report)
+    report.add_argument("shards", type=Path, metavar="SHARDS")
+    report.add_argument("--output", type=Path, metavar="FILE", help="the page (default: SHARDS/report.html)")
+
+
 def _number(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], float]:
     def read(text: str) -> float:
         try:
@@ -180,17 +278,36 @@ def _number(kind: type[int] | type[float], low: float, high: float = math.inf) -
     return read
 
 
-def _build(options: argparse.Namespace) -> int:
+def _check_resampling(options: argparse.Namespace) -> None:
     from data_pipeline.resample import CAP
 
-    if options.resample == "none" and (options.epoch_factor is not None or options.threshold is not None):
-        raise UsageError("--resample none repeats nothing: leave out --epoch-factor and --threshold")
-    if options.epoch_factor is not None and options.threshold is not None:
-        raise UsageError("--epoch-factor sets the threshold: give it or --threshold, not both")
-    if options.epoch_factor is not None and options.epoch_factor > CAP:
-        raise UsageError(f"--epoch-factor {options.epoch_factor:g}: no image is repeated more than {CAP:g} times")
-    if options.quality is not None and options.resize is None:
-        raise UsageError("--quality is for resized pictures: give --resize too, or leave it out")
+    ways = {
+        "--epoch-factor": options.epoch_factor,
+        "--epoch-samples": options.epoch_samples,
+        "--threshold": options.threshold,
+    }
+    given = [name for name, value in ways.items() if value is not None]
+    if options.resample == "none" and given:
+        raise UsageError(f"--resample none repeats nothing: leave out {' and '.join(given)}")
+    if len(given) > 1:
+        raise UsageError(f"{given[0]} sets the threshold: give it or {given[1]}, not both")
+    if options.resample == "cap" and not given:
+        raise UsageError(
+            "--resample cap thins out: say how far with --epoch-factor (up to 1), --epoch-samples or --threshold"
+        )
+    factor = options.epoch_factor
+    if factor is not None and options.resample == "cap" and factor > 1:
+        raise UsageError(f"--epoch-factor {factor:g}: --resample cap repeats nothing, it is at most 1")
+    if factor is not None and options.resample != "cap" and not 1 <= factor <= CAP:
+        raise UsageError(f"--epoch-factor {factor:g}: it is from 1, and no image is repeated more than {CAP:g} times")
+
+
+def _build(options: argparse.Namespace) -> int:
+    _check_resampling(options)
+    if options.vocabulary is not None and (options.vocabulary_size is not None or options.min_count != "auto"):
+        raise UsageError("--vocabulary says which classes there are: leave out --vocabulary-size and --min-count")
+    if options.resize_side is not None and options.resize is None:
+        raise UsageError("--resize-side is the side that --resize means: give --resize too, or leave it out")
     if options.min_count != "auto" and not (options.min_count.isdecimal() and int(options.min_count) > 0):
         raise UsageError(f"--min-count {options.min_count!r} is neither auto nor a whole number from 1")
 
@@ -204,10 +321,22 @@ def _build(options: argparse.Namespace) -> int:
         keep_unlabelled=options.keep_unlabelled,
         resample=options.resample,
         epoch_factor=options.epoch_factor,
+        epoch_samples=options.epoch_samples,
         threshold=options.threshold,
+        materialise=options.materialise,
+        vocabulary=options.vocabulary,
+        vocabulary_size=options.vocabulary_size,
+        overrides=options.overrides,
+        deny_list=options.deny_list,
+        tombstones=options.tombstones,
         samples_per_shard=options.samples_per_shard,
         resize=options.resize,
-        quality=options.quality or Settings.quality,
+        resize_side=options.resize_side or Settings.resize_side,
+        quality=options.quality,
+        min_side=options.min_side,
+        max_pixels=options.max_pixels,
+        max_aspect=options.max_aspect,
+        max_bytes=options.max_bytes,
         max_caption=options.max_caption,
     )
     start = time.monotonic()
@@ -247,6 +376,13 @@ def _inspect(options: argparse.Namespace) -> int:
         f"checked: {shards.num_shards} shards, their indexes and the vocabulary have the sha256 of the manifest"
     )
     printer.line(f"sha256 of the set: {shards.sha256}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from data_pipeline.report import write_report
+
+    print(f"the data page: {write_report(options.shards, options.output)}")
     return 0
 
 

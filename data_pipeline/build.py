@@ -7,6 +7,7 @@ OUTPUT/shards/ …         see shardset.py; complete once manifest.json is there
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -19,16 +20,19 @@ from typing import Any, Final
 
 import pyarrow.parquet as pq
 
-from data_pipeline import shardset
+from data_pipeline import evaluation_sets, shardset
 from data_pipeline.decisions import Decisions
+from data_pipeline.dedup import Limits
 from data_pipeline.errors import DataError
+from data_pipeline.evaluation_sets import EvaluationSet
 from data_pipeline.files import sha256_file, write_bytes
 from data_pipeline.job import Counts, Job, Records, Task, merge_counts, remove_temporary
 from data_pipeline.progress import progress
 from data_pipeline.resample import CAP, EPOCH_FACTOR, Repeats
 from data_pipeline.runners import Call, Runner
 from data_pipeline.sources import Sources, discover
-from data_pipeline.steps import Settings, Work
+from data_pipeline.steps import Settings, Work, duplicates, verdicts
+from data_pipeline.steps.duplicates import Search
 from data_pipeline.steps.labels import choose_vocabulary, label, senses
 from data_pipeline.steps.merge import merge
 from data_pipeline.steps.read import describe, hash_files, probe, read
@@ -61,6 +65,7 @@ def build(
     settings: Settings,
     runner: Runner,
     *,
+    evaluation: Sequence[Path] = (),
     overwrite: bool = False,
     partition_rows: int = PARTITION_ROWS,
 ) -> tuple[dict[str, Any], bool]:
@@ -71,7 +76,8 @@ def build(
     if len(sources.skipped) > SHOWN:
         log.info("skipped %s more files; the manifest names them", f"{len(sources.skipped) - SHOWN:,}")
     decisions = Decisions.read(settings, output)
-    identity = _identity(sources, settings, runner) | {"decisions": decisions.hashes}
+    sets = evaluation_sets.find(evaluation)
+    identity = _identity(sources, sets, settings, runner) | {"decisions": decisions.hashes}
     existed = output.is_dir()
     up_to_date = _up_to_date(output, identity, overwrite)
     if up_to_date and not (output / WORK).exists():
@@ -86,7 +92,7 @@ def build(
             _remove(output)
         _prepare(work, identity, decisions)
         try:
-            content = _run_steps(work, output, settings, sources, Job(work.folder, runner), partition_rows)
+            content = _run_steps(work, output, settings, sources, sets, Job(work.folder, runner), partition_rows)
         except NothingKeptError:
             _remove(output)
             shutil.rmtree(work.folder)
@@ -114,10 +120,11 @@ def check(shards: shardset.ShardSet, runner: Runner) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- what is there
 
 
-def _identity(sources: Sources, settings: Settings, runner: Runner) -> dict[str, Any]:
+def _identity(sources: Sources, sets: Sequence[EvaluationSet], settings: Settings, runner: Runner) -> dict[str, Any]:
     """What the output is a function of."""
-    lists = [files[n : n + FILES_PER_CALL] for _, files in sources.files for n in range(0, len(files), FILES_PER_CALL)]
-    owner = [number for number, (_, files) in enumerate(sources.files) for _ in range(0, len(files), FILES_PER_CALL)]
+    named = [*sources.files, *((one.name, list(one.files)) for one in sets)]
+    lists = [files[n : n + FILES_PER_CALL] for _, files in named for n in range(0, len(files), FILES_PER_CALL)]
+    owner = [number for number, (_, files) in enumerate(named) for _ in range(0, len(files), FILES_PER_CALL)]
     found: list[list[tuple[str, int, str]]] = [[] for _ in lists]
     calls = [Call(hash_files, (files,)) for files in lists]
     size = sum(path.stat().st_size for files in lists for _, path in files)
@@ -126,12 +133,14 @@ def _identity(sources: Sources, settings: Settings, runner: Runner) -> dict[str,
         for position, result in results:
             found[position] = result
             counter.advance(len(result))
-    by_input: list[list[tuple[str, int, str]]] = [[] for _ in sources.files]
+    by_input: list[list[tuple[str, int, str]]] = [[] for _ in named]
     for number, result in zip(owner, found, strict=True):
         by_input[number].extend(result)
+    inputs = [_input(name, files) for (name, _), files in zip(named, by_input, strict=True)]
     return {
         "parameters": asdict(settings),
-        "inputs": [_input(name, files) for (name, _), files in zip(sources.files, by_input, strict=True)],
+        "inputs": inputs[: len(sources.files)],
+        "evaluation_sets": inputs[len(sources.files) :],
         "skipped_inputs": [{"path": _printable(name), "why": why} for name, why in sources.skipped],
         "wordnet_sha256": archive_sha256(),
         "versions": {name: metadata.version(name) for name in ("pyarrow", "pillow")},
@@ -265,7 +274,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _run_steps(
-    work: Work, output: Path, settings: Settings, sources: Sources, job: Job, partition_rows: int
+    work: Work,
+    output: Path,
+    settings: Settings,
+    sources: Sources,
+    sets: Sequence[EvaluationSet],
+    job: Job,
+    partition_rows: int,
 ) -> dict[str, Any]:
     """The content of the manifest that comes from the data."""
     partitions = min(MAX_PARTITIONS, -(-sources.rows // partition_rows) or 1)
@@ -282,7 +297,9 @@ def _run_steps(
     ]
     counts = merge_counts(job.run("read", reads, "images"))
     counts = merge_counts([counts, *job.run("merge", _each_partition(merge, work, (tasks,), partitions, MERGE_FILES))])
-    counts = merge_counts([counts, _remove_duplicates(work, settings, job, partitions)])
+    found = _remove_duplicates(work, settings, sets, job, partitions)
+    contamination = found.pop("contamination", [])
+    counts = merge_counts([counts, found])
     mapped = job.run("senses", _each_partition(senses, work, (settings,), partitions, SENSES_FILES))
     counts = merge_counts([counts, *mapped])
     chosen = job.run("vocabulary", [
@@ -297,17 +314,18 @@ def _run_steps(
         )
     planned = job.run("plan", [Task(plan, (work, settings, partitions), (work.plan,))])[0]
     repeats = Repeats(planned["threshold"], planned["labelled"], settings.resample)
-    shards = _write_shards(work, output, job, repeats)
+    shards = _write_shards(work, output, job, repeats, settings.materialise)
     job.run("collect", [Task(collect, (work, tasks, partitions), (work.dropped,))])
     write_bytes(output / "vocabulary.parquet", work.vocabulary.read_bytes())
     return {
-        "samples": counts["kept"],
+        "samples": sum(entry["samples"] for entry in shards),
         "classes": chosen["classes"],
         "shards": shards,
         "vocabulary_sha256": sha256_file(output / "vocabulary.parquet"),
         "files": _hand_over(work, output),
+        "contamination": contamination,
         "counts": counts | chosen,
-        "resampling": _resampling(settings, planned),
+        "resampling": _resampling(settings, planned, sum(entry["samples"] for entry in shards)),
     }
 
 
@@ -326,20 +344,57 @@ def _each_partition(
     ]
 
 
-def _remove_duplicates(work: Work, settings: Settings, job: Job, partitions: int) -> Counts:
+def _remove_duplicates(
+    work: Work, settings: Settings, sets: Sequence[EvaluationSet], job: Job, partitions: int
+) -> Counts:
     """Copies and evaluation images go into work.table("removed", partition), schema.REMOVED."""
-    return {}
+    if not settings.remove_duplicates and not sets:
+        return {}
+    sizes = [pq.read_metadata(work.table("unique", partition)).num_rows for partition in range(partitions)]
+    near = settings.near_duplicates if settings.remove_duplicates else None
+    limits = Limits(*(-1 if limit is None else limit for limit in (near, settings.evaluation_near if sets else None)))
+    pieces = [(number, piece) for number, one in enumerate(sets) for piece in one.pieces]
+    search = Search(
+        limits,
+        remove_copies=settings.remove_duplicates,
+        remove_evaluation=settings.evaluation_action == "remove",
+        merge_captions=settings.merge_captions,
+        starts=(0, *itertools.accumulate(sizes)),
+        sets=tuple(one.name for one in sets),
+        pieces=len(pieces),
+    )
+
+    def run(step: str, function: Callable[..., Counts], arguments: Sequence[tuple[Any, ...]], *files: str) -> None:
+        outputs = [
+            tuple(duplicates.file_path(work, name, number) for name in files) for number in range(len(arguments))
+        ]
+        calls = zip(arguments, outputs, strict=True)
+        job.run(step, [Task(function, (work, search, *given), paths) for given, paths in calls])
+
+    by_partition = [(partition,) for partition in range(partitions)]
+    run("fingerprint", duplicates.fingerprint, by_partition, "fingerprints")
+    read = [(number, *given) for number, given in enumerate(pieces)]
+    run("evaluation", duplicates.fingerprint_evaluation, read, "fingerprints_eval")
+    run("group", duplicates.group, [(bucket,) for bucket in range(search.buckets)], "bands")
+    run("pair", duplicates.pair, [(block,) for block in range(search.blocks)], "pairs")
+    verdicts_file = work.table("verdicts", 0)
+    counts = job.run("resolve", [Task(verdicts.resolve, (work, search), (verdicts_file,))])[0]
+    if search.merge_captions:
+        run("gather", verdicts.gather, by_partition, "texts")
+    job.run("remove", _each_partition(verdicts.remove, work, (search,), partitions, ("removed",)))
+    return dict(counts)
 
 
 def _hand_over(work: Work, output: Path) -> dict[str, str]:
     """Tables that belong to the shard set beside the shards; their sha256 by name."""
-    tables = [path for path in (work.dropped, work.tags, work.evidence) if path.is_file()]
+    names = (work.dropped, work.tags, work.evidence, work.duplicates, work.evaluation)
+    tables = [path for path in names if path.is_file()]
     for path in tables:
         write_bytes(output / path.name, path.read_bytes())
     return {path.name: sha256_file(output / path.name) for path in tables}
 
 
-def _write_shards(work: Work, output: Path, job: Job, repeats: Repeats) -> list[Counts]:
+def _write_shards(work: Work, output: Path, job: Job, repeats: Repeats, materialise: bool) -> list[Counts]:
     folder = output / "shards"
     slices: dict[int, list[dict[str, int]]] = {}
     for row in pq.read_table(work.plan).to_pylist():
@@ -349,7 +404,7 @@ def _write_shards(work: Work, output: Path, job: Job, repeats: Repeats) -> list[
     writes = [
         Task(
             shard,
-            (work, folder, name, parts, repeats),
+            (work, folder, name, parts, repeats, materialise),
             (folder / f"{name}.tar", folder / f"{name}.parquet"),
             sum(part["stop"] - part["start"] for part in parts),
         )
@@ -361,7 +416,7 @@ def _write_shards(work: Work, output: Path, job: Job, repeats: Repeats) -> list[
     return shards
 
 
-def _resampling(settings: Settings, planned: Counts) -> dict[str, Any]:
+def _resampling(settings: Settings, planned: Counts, samples: int) -> dict[str, Any]:
     solved = settings.resample != "none" and settings.threshold is None and settings.epoch_samples is None
     return {
         "method": settings.resample,
@@ -369,7 +424,8 @@ def _resampling(settings: Settings, planned: Counts) -> dict[str, Any]:
         "epoch_factor": (settings.epoch_factor or EPOCH_FACTOR) if solved else None,
         "cap": CAP,
         "mean_repeat": planned["mean_repeat"],
-        "samples_per_epoch": planned["samples_per_epoch"],
+        "samples_per_epoch": samples if settings.materialise else planned["samples_per_epoch"],
+        "materialised": settings.materialise,
     }
 
 

@@ -15,6 +15,7 @@ hashtags of the demo corpus read by hand, this rule labels 90, 53 of them right;
 """
 
 import difflib
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -79,7 +80,7 @@ class Overrides:
     @staticmethod
     def load(path: Path | None, deny: str, wordnet: WordNet) -> "Overrides":
         """`path` is the user's file, `deny` one of CHOICES or a file like deny_list.yaml."""
-        names = _Names(wordnet)
+        names = _names(wordnet)
         removed = _denied(deny, names)
         found = _Own.read(path, names) if path is not None else _Own({}, set(), set(), {})
         for row in found.forbidden:
@@ -163,6 +164,11 @@ class _Names:
                 same = [other for other in found if other.split(".")[0] == word]
                 return same or found
         return []
+
+
+@functools.lru_cache(maxsize=1)
+def _names(wordnet: WordNet) -> _Names:
+    return _Names(wordnet)
 
 
 def _resolve(merge: Mapping[int, tuple[int, int]], path: Path | None, names: _Names) -> dict[int, int]:

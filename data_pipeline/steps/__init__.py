@@ -46,6 +46,7 @@ class Settings:
     epoch_factor: float | None = None  # None: the papers' 5/3, unless a threshold or a number of samples is given
     epoch_samples: int | None = None
     threshold: float | None = None
+    materialise: bool = False  # copies instead of factors
     # pictures
     resize: int | None = None  # pixels
     resize_side: str = "short"  # or long
@@ -54,6 +55,12 @@ class Settings:
     max_pixels: int = Limits.max_pixels
     max_aspect: float = Limits.max_aspect
     max_bytes: int = Limits.max_bytes
+    # duplicates
+    remove_duplicates: bool = True
+    near_duplicates: int | None = 14  # bits between hashes; None: only equal bytes are duplicates
+    merge_captions: bool = False
+    evaluation_near: int | None = 14  # the same for copies of evaluation images
+    evaluation_action: str = "remove"  # or report
     # shards
     samples_per_shard: int = 1000
 
@@ -107,6 +114,14 @@ class Work:
         return self.folder / "tags.parquet"
 
     @property
+    def duplicates(self) -> Path:
+        return self.folder / "duplicates.parquet"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "evaluation.parquet"
+
+    @property
     def dropped(self) -> Path:
         return self.folder / "dropped.parquet"
 
@@ -135,12 +150,20 @@ def read_tombstones(path: Path) -> Tombstones:
 def read_unique(work: Work, partition: int, columns: list[str] | None = None) -> pa.Table:
     """The records of a partition that are neither copies nor evaluation images, sorted by `order`."""
     table = pq.read_table(work.table("unique", partition), columns=columns)
+    orders = pq.read_table(work.table("unique", partition), columns=["order"])["order"].combine_chunks()
+    path = work.table("merged", partition)
+    if path.is_file():  # from copies
+        merged = pq.read_table(path)
+        place = pc.index_in(orders, value_set=merged["order"].combine_chunks())  # pyright: ignore
+        place = pc.coalesce(pc.add(place, len(table)), pa.array(range(len(table)), pa.int32()))  # pyright: ignore
+        for name in set(table.column_names) & {"hashtags", "other_captions"}:
+            both = pa.concat_arrays([table[name].combine_chunks(), merged[name].combine_chunks()])
+            table = table.set_column(table.column_names.index(name), name, both.take(place))
     path = work.table("removed", partition)
-    if not path.is_file():
-        return table
-    removed = pq.read_table(path, columns=["order"])["order"]
-    orders = pq.read_table(work.table("unique", partition), columns=["order"])["order"]
-    return table.filter(pc.invert(pc.is_in(orders, value_set=removed.combine_chunks())))
+    if path.is_file():
+        removed = pq.read_table(path, columns=["order"])["order"].combine_chunks()
+        table = table.filter(pc.invert(pc.is_in(orders, value_set=removed)))  # pyright: ignore
+    return table
 
 
 def write_dropped(path: Path, rows: list[dict[str, str | None]]) -> None:

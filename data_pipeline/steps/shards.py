@@ -1,10 +1,11 @@
 """Steps plan, shard, verify and collect: which sample goes where, the tars, reading them back, and what was dropped."""
 
+import dataclasses
 import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,12 +74,23 @@ def cut(sizes: list[int], samples_per_shard: int) -> list[dict[str, int]]:
     return slices
 
 
-def shard(work: Work, folder: Path, name: str, slices: list[dict[str, int]], repeats: resample.Repeats) -> Counts:
+def shard(
+    work: Work, folder: Path, name: str, slices: list[dict[str, int]], repeats: resample.Repeats, materialise: bool
+) -> Counts:
     """One tar and its index."""
     rows = pa.concat_tables([_rows(work.table("labelled", s["partition"]), s["start"], s["stop"]) for s in slices])
     rows = rows.sort_by("key")
     names = read_wordnet(work.wordnet).synsets["synset"]
-    return dict(shardset.write_shard(folder, name, (_sample(row, names, repeats) for row in _each(rows))))
+    samples = (_sample(row, names, repeats) for row in _each(rows))
+    return dict(shardset.write_shard(folder, name, _copies(samples) if materialise else samples))
+
+
+def _copies(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Each sample as often as its repeat factor says, rounded up or down by its key; to be seen once each."""
+    for sample in samples:
+        for key in resample.copy_keys(sample.key, resample.copies(sample.key, sample.repeat)):
+            record = sample.record | {"key": key, "repeat": 1.0}
+            yield dataclasses.replace(sample, key=key, record=record, repeat=1.0)
 
 
 def _sample(row: dict[str, Any], names: pa.ChunkedArray, repeats: resample.Repeats) -> Sample:
