@@ -91,6 +91,11 @@ def build(
         if overwrite:
             _remove(output)
         _prepare(work, identity, decisions)
+        if blind := runner.blind(work.folder / "job.json"):
+            raise DataError(
+                f"--output {output} is not seen by {', '.join(blind)}: on a cluster, inputs and output must lie in a "
+                "folder that every machine has under the same path"
+            )
         try:
             content = _run_steps(work, output, settings, sources, sets, Job(work.folder, runner), partition_rows)
         except NothingKeptError:
