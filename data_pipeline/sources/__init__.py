@@ -100,9 +100,10 @@ def walk(root: Path, output: Path) -> Iterator[Path]:
         raise DataError(f"cannot read the folder {root} ({error.strerror})") from None
     for entry in entries:
         path = Path(entry.path)
-        if entry.name.startswith(".") or path.resolve() == output:
+        if entry.name.startswith("."):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from walk(path, output)
+            if path.resolve() != output:
+                yield from walk(path, output)
         elif entry.is_file():
             yield path
