@@ -105,5 +105,5 @@ def walk(root: Path, output: Path) -> Iterator[Path]:
         if entry.is_dir(follow_symlinks=False):
             if path.resolve() != output:
                 yield from walk(path, output)
-        elif entry.is_file():
+        elif path.is_file():  # a link that points at itself is none; os.DirEntry raises here
             yield path
