@@ -160,8 +160,12 @@ def _place_image(
 
 
 def hash_files(files: list[tuple[str, Path]]) -> list[tuple[str, int, str]]:
-    """Name, size and sha256 of input files."""
+    """Name, size and sha256 of input files; of one that cannot be read, "unreadable"."""
+    return [(name, path.stat().st_size, _sha256(path)) for name, path in files]
+
+
+def _sha256(path: Path) -> str:
     try:
-        return [(name, path.stat().st_size, sha256_file(path)) for name, path in files]
-    except OSError as error:
-        raise DataError(f"cannot read {error.filename} ({error.strerror})") from None
+        return sha256_file(path)
+    except OSError:  # its record will be dropped for it
+        return "unreadable"
