@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline import hashtags, images, schema, shardset, watch
-from data_pipeline.errors import DataError
 from data_pipeline.files import atomic_write, sha256_file
 from data_pipeline.job import Counts, LeftOut
 from data_pipeline.shardset import safe_key
