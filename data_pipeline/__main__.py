@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # wrong flags are answered before anything large is loaded
     from data_pipeline.runners import Runner
 
 INTERRUPTED: Final = 130
+NEAR: Final = 14  # bits, as in steps.Settings, which would be slow to load here
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,6 +104,7 @@ def _parser() -> Parser:
     add("--resize-side", choices=("short", "long"), help="the side that --resize means (default: short)")
     add("--quality", type=_number(int, 1, 100), default=90, metavar="Q", help="of a new jpg (default: 90)")
     _add_limits(build)
+    _add_duplicates(build)
     add(
         "--max-caption",
         type=_number(int, 1, 20_000),
@@ -187,6 +189,62 @@ def _ratio(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, such as 5/3 or 1.5")
     return value
+
+
+def _add_duplicates(parser: argparse.ArgumentParser) -> None:
+    """Copies in the training data, and copies of what will be tested on."""
+    add = parser.add_argument
+    add(
+        "--near-duplicates",
+        type=_bits,
+        default=NEAR,
+        metavar="N|off",
+        help="remove pictures whose 256-bit perceptual hash is at most N bits from that of a larger or earlier one, if "
+        f"the colours agree too (default: {NEAR}; at most 31); off: remove only equal files",
+    )
+    add("--keep-duplicates", action="store_true", help="remove no duplicates at all, not even equal files")
+    add(
+        "--merge-captions",
+        action="store_true",
+        help="the copy that stays takes over the hashtags of the others, and their captions as other_captions",
+    )
+    add(
+        "--exclude-eval",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="sets of evaluation images (folders of pictures, Parquet with a column image, shard sets, tars): "
+        "copies of them are left out of the training data, and reported",
+    )
+    add(
+        "--eval-action",
+        choices=("remove", "report"),
+        help="what becomes of copies of evaluation images (default: remove)",
+    )
+    add(
+        "--eval-near",
+        type=_bits,
+        default=NEAR,
+        metavar="N|off",
+        help=f"bits between the hashes of an evaluation image and a copy (default: {NEAR}); off: only equal files",
+    )
+
+
+def _bits(text: str) -> int | None:
+    """A distance between hashes, or None for off."""
+    if text == "off":
+        return None
+    if not (text.isdecimal() and int(text) <= 31):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither off nor a whole number from 0 to 31")
+    return int(text)
+
+
+def _check_duplicates(options: argparse.Namespace) -> None:
+    if options.keep_duplicates and (options.merge_captions or options.near_duplicates != NEAR):
+        raise UsageError("--keep-duplicates removes none: leave out --near-duplicates and --merge-captions")
+    if not options.exclude_eval and (options.eval_action is not None or options.eval_near != NEAR):
+        raise UsageError("--eval-action and --eval-near are about evaluation images: name them with --exclude-eval")
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -304,6 +362,7 @@ def _check_resampling(options: argparse.Namespace) -> None:
 
 def _build(options: argparse.Namespace) -> int:
     _check_resampling(options)
+    _check_duplicates(options)
     if options.vocabulary is not None and (options.vocabulary_size is not None or options.min_count != "auto"):
         raise UsageError("--vocabulary says which classes there are: leave out --vocabulary-size and --min-count")
     if options.resize_side is not None and options.resize is None:
@@ -337,11 +396,23 @@ def _build(options: argparse.Namespace) -> int:
         max_pixels=options.max_pixels,
         max_aspect=options.max_aspect,
         max_bytes=options.max_bytes,
+        remove_duplicates=not options.keep_duplicates,
+        near_duplicates=None if options.keep_duplicates else options.near_duplicates,
+        merge_captions=options.merge_captions,
+        evaluation_near=options.eval_near,
+        evaluation_action=options.eval_action or Settings.evaluation_action,
         max_caption=options.max_caption,
     )
     start = time.monotonic()
     with _runner(options) as runner:
-        manifest, made = build(options.input, options.output, settings, runner, overwrite=options.overwrite)
+        manifest, made = build(
+            options.input,
+            options.output,
+            settings,
+            runner,
+            evaluation=options.exclude_eval,
+            overwrite=options.overwrite,
+        )
     printer = Printer()
     if not made:
         printer.line(f"{options.output} is up to date, nothing to do ({manifest['samples']:,} samples)")

@@ -369,10 +369,8 @@ def _remove_duplicates(
         pieces=len(pieces),
     )
 
-    def run(step: str, function: Callable[..., Counts], arguments: Sequence[tuple[Any, ...]], *files: str) -> None:
-        outputs = [
-            tuple(duplicates.file_path(work, name, number) for name in files) for number in range(len(arguments))
-        ]
+    def run(step: str, function: Callable[..., Counts], arguments: Sequence[tuple[Any, ...]], file: str) -> None:
+        outputs = [(duplicates.file_path(work, file, number),) for number in range(len(arguments))]
         calls = zip(arguments, outputs, strict=True)
         job.run(step, [Task(function, (work, search, *given), paths) for given, paths in calls])
 

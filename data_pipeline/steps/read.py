@@ -147,6 +147,7 @@ def _place_image(
         return error.reason, error.detail
     stored, row["extension"] = prepared.data, prepared.extension
     row |= {"width": prepared.width, "height": prepared.height, "perceptual_hash": prepared.perceptual_hash}
+    row["colours"] = prepared.colours
     row["changes"] = prepared.changes
     row["image_size"], row["image_sha256"] = len(stored), hashlib.sha256(stored).digest()
     row["content_sha256"] = row["image_sha256"] if stored is original else hashlib.sha256(original).digest()
