@@ -67,7 +67,7 @@ def print_counts(printer: Printer, manifest: dict[str, Any]) -> None:
         ("labels per image", f"{counts['labels'] / labelled:.2f}" if labelled else "-", "mean over images with labels"),
         ("mean repeat", f"{resampling['mean_repeat']:.3f}", f"{resampling['method']}, {_threshold(resampling)}"),
         ("samples per epoch", round(resampling["samples_per_epoch"]), "after resampling"),
-        ("shards", len(manifest["shards"]), _bytes(sum(shard["bytes"] for shard in manifest["shards"]))),
+        ("shards", len(manifest["shards"]), format_bytes(sum(shard["bytes"] for shard in manifest["shards"]))),
         ("other files", len(manifest["skipped_inputs"]), "of the input, skipped: no captioned images"),
         ("hashtags", counts["hashtags"], "on all captions read"),
         ("  nouns of WordNet", counts["mapped_hashtags"], share(counts["mapped_hashtags"], counts["hashtags"])),
@@ -106,7 +106,9 @@ def print_repeats(printer: Printer, shards: ShardSet) -> None:
         for repeat in shards.index(shard)["repeat"].to_pylist():
             bins[sum(repeat > edge for edge in REPEAT_EDGES)] += 1
     most = max(bins.values(), default=1)
-    rows = [(_bin(number), count, "#" * max(1, round(BAR * count / most))) for number, count in sorted(bins.items())]
+    rows = [
+        (repeat_bin(number), count, "#" * max(1, round(BAR * count / most))) for number, count in sorted(bins.items())
+    ]
     printer.table("Repeat factors", ("repeat", "images", ""), rows, right=(1,))
 
 
@@ -114,7 +116,7 @@ def share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
-def _bin(number: int) -> str:
+def repeat_bin(number: int) -> str:
     if number == 0:
         return "1"
     if number == len(REPEAT_EDGES):
@@ -126,7 +128,7 @@ def _threshold(resampling: dict[str, Any]) -> str:
     return f"t = {resampling['threshold']:.3g}, cap {resampling['cap']:g}"
 
 
-def _bytes(size: float) -> str:
+def format_bytes(size: float) -> str:
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"

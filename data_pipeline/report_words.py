@@ -1,0 +1,55 @@
+"""Reasons for drops, in words, and the step of the way each belongs to, in the order in which pictures meet them."""
+
+from typing import Final
+
+TEXT, PICTURE, KEY, COPY, EVALUATION, LABEL = (
+    "with a text that can give a label",
+    "with a usable picture",
+    "one of each key",
+    "without copies",
+    "without evaluation pictures",
+    "with a synset frequent enough",
+)
+STEPS: Final = (TEXT, PICTURE, KEY, COPY, EVALUATION, LABEL)
+
+_TEXT: Final = {
+    "no_caption": "no caption and no hashtags",
+    "no_hashtags": "a caption without hashtags",
+    "no_synset": "no hashtag is a noun that WordNet knows",
+    "denied": "all its nouns are on the deny-list",
+    "denied_non_visual": "all its nouns are on the deny-list: not to be seen",
+    "denied_sensitive": "all its nouns are on the deny-list: sensitive",
+    "forbidden": "all its hashtags are forbidden by the overrides",
+    "ambiguous": "all its hashtags have several senses, which the policy leaves out",
+    "caption_too_long": "the caption is too long",
+    "caption_not_utf8": "the caption is not UTF-8",
+    "text_too_long": "language, source, licence or address is too long",
+    "too_many_hashtags": "hashtags without end",
+}
+_PICTURE: Final = {
+    "missing_image": "no picture",
+    "empty_image": "an empty file",
+    "unsupported_format": "not a picture of a known format",
+    "undecodable": "the picture cannot be decoded",
+    "truncated": "the picture ends too early",
+    "too_small": "the picture is too small",
+    "too_many_pixels": "the picture has too many pixels",
+    "too_many_bytes": "the file is too large",
+    "unreadable_file": "the file cannot be read",
+    "bad_key": "the name cannot be a key",
+    "killed_worker": "reading it ended the process",
+}
+_BY_STEP: Final = {
+    TEXT: _TEXT,
+    PICTURE: _PICTURE,
+    KEY: {"duplicate_key": "the key was there before"},
+    COPY: {"exact_duplicate": "the same picture as another", "near_duplicate": "nearly the same picture as another"},
+    EVALUATION: {"evaluation_image": "a picture of an evaluation set"},
+    LABEL: {"below_min_count": "its synsets name too few pictures"},
+}
+REASONS: Final = {code: words for reasons in _BY_STEP.values() for code, words in reasons.items()}
+
+
+def step_of(code: str) -> str:
+    """A reason that is not known here is one of the picture's: those come from codecs, sources and limits."""
+    return next((step for step, reasons in _BY_STEP.items() if code in reasons), PICTURE)
