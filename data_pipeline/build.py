@@ -33,7 +33,7 @@ from data_pipeline.runners import Call, Runner
 from data_pipeline.sources import Sources, discover
 from data_pipeline.steps import Settings, Work, duplicates, verdicts
 from data_pipeline.steps.duplicates import Search
-from data_pipeline.steps.labels import choose_vocabulary, label, senses
+from data_pipeline.steps.labels import choose_vocabulary, count_tags, label, senses, weigh
 from data_pipeline.steps.merge import merge
 from data_pipeline.steps.read import describe, hash_files, probe, read
 from data_pipeline.steps.shards import collect, plan, shard, verify
@@ -50,7 +50,7 @@ WORTH_A_POOL: Final = 1 << 30  # bytes to hash: less is done before other proces
 SHOWN: Final = 10  # skipped files on the terminal
 TABLES: Final = ("vocabulary", "dropped", "tags", "evidence", "duplicates", "evaluation")
 OURS: Final = re.compile(
-    rf"manifest\.json|({'|'.join(TABLES)})\.parquet|[a-z]+\.jsonl|shards|\.work|\.[a-z.]+\.\d+\.tmp"
+    rf"manifest\.json|report\.html|({'|'.join(TABLES)})\.parquet|[a-z]+\.jsonl|shards|\.work|\.[a-z.]+\.\d+\.tmp"
 )
 WAYS_OUT: Final = "choose another --output, or replace it with --overwrite"
 
@@ -75,6 +75,8 @@ def build(
         log.info("skipped %s: %s", clean(name), clean(why))
     if len(sources.skipped) > SHOWN:
         log.info("skipped %s more files; the manifest names them", f"{len(sources.skipped) - SHOWN:,}")
+    if (output / shardset.TAKEDOWN).is_dir():
+        raise DataError(f"a takedown in {output} is under way or was killed; run it again to end it, then build")
     decisions = Decisions.read(settings, output)
     sets = evaluation_sets.find(evaluation)
     identity = _identity(sources, sets, settings, runner) | {"decisions": decisions.hashes}
@@ -232,7 +234,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 def _remove(output: Path) -> None:
     """Take away a shard set or an unfinished one, but neither the lock nor files of others."""
     write_bytes(output / WORK / "job.json", b"{}")  # killed in here, it is an unfinished build of nothing
-    for name in ("manifest.json", *(f"{table}.parquet" for table in TABLES), "quarantine.jsonl"):
+    for name in ("manifest.json", *(f"{table}.parquet" for table in TABLES), "quarantine.jsonl", "report.html"):
         (output / name).unlink(missing_ok=True)
     for path in (output / "shards", *(path for path in (output / WORK).iterdir() if path.is_dir())):
         if path.is_dir():
@@ -305,8 +307,11 @@ def _run_steps(
     found = _remove_duplicates(work, settings, sets, job, partitions)
     contamination = found.pop("contamination", [])
     counts = merge_counts([counts, found])
+    if settings.senses == "evidence":
+        counts |= job.run("evidence", [Task(weigh, (work, settings, partitions), (work.evidence,))])[0]
     mapped = job.run("senses", _each_partition(senses, work, (settings,), partitions, SENSES_FILES))
     counts = merge_counts([counts, *mapped])
+    job.run("tags", [Task(count_tags, (work, partitions), (work.tags,))])
     chosen = job.run("vocabulary", [
         Task(choose_vocabulary, (work, settings, partitions, counts["named_by_wordnet"]),
              (work.vocabulary, work.classes))
@@ -335,7 +340,7 @@ def _run_steps(
 
 
 MERGE_FILES: Final = ("unique", "dropped_merge")
-SENSES_FILES: Final = ("mapped", "synsets")
+SENSES_FILES: Final = ("mapped", "synsets", "tags")
 LABEL_FILES: Final = ("labelled", "rarest", "dropped_label")
 
 
@@ -390,7 +395,7 @@ def _remove_duplicates(
 
 def _hand_over(work: Work, output: Path) -> dict[str, str]:
     """Tables that belong to the shard set beside the shards; their sha256 by name."""
-    names = (work.dropped, work.tags, work.evidence, work.duplicates, work.evaluation)
+    names = (work.dropped, work.tags, work.evidence, work.duplicates, work.evaluation, work.tombstones)
     tables = [path for path in names if path.is_file()]
     for path in tables:
         write_bytes(output / path.name, path.read_bytes())

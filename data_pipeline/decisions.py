@@ -10,7 +10,7 @@ from data_pipeline.errors import UsageError
 from data_pipeline.files import sha256_bytes, write_bytes
 from data_pipeline.overrides import CHOICES, DENY_LIST, Overrides
 from data_pipeline.steps import Settings, Work
-from data_pipeline.tombstones import Tombstones
+from data_pipeline.tombstones import NAME, Tombstones
 from data_pipeline.wordnet import open_wordnet
 
 
@@ -19,6 +19,7 @@ class Decisions:
     """The files of one build by option, as read at its start."""
 
     settings: Settings
+    output: Path
     files: dict[str, tuple[Path, bytes]]
     _overrides: Overrides | None = field(default=None, init=False)
 
@@ -46,25 +47,32 @@ class Decisions:
             except OSError as error:
                 choices = f" and none of {', '.join(CHOICES)}" if name == "deny_list" else ""
                 raise UsageError(f"{option} {value}: cannot read {path} ({error.strerror}){choices}") from None
-        return Decisions(settings, files)
+        return Decisions(settings, output, files)
 
     @property
     def hashes(self) -> dict[str, str]:
         return {name: sha256_bytes(data) for name, (_, data) in self.files.items()}
 
     def check(self) -> None:
-        """Raises UsageError or DataError where a file says what cannot be."""
+        """Raises UsageError or DataError where a file says what cannot be, or where pictures taken down come back."""
+        stones = self.output / NAME
+        if "tombstones" not in self.files and stones.is_file():
+            raise UsageError(
+                f"pictures were taken down from {self.output}: add --tombstones {stones}, so that none comes back, or "
+                "choose another --output"
+            )
         wordnet = open_wordnet()
         own = self.files.get("overrides")
         self._overrides = Overrides.load(own[0] if own else None, self.settings.deny_list, wordnet)
         if self.settings.vocabulary is not None:
             vocabulary.read(Path(self.settings.vocabulary), wordnet)
+        if "tombstones" in self.files:
+            Tombstones.parse(*self.files["tombstones"])
 
     def lay_down(self, work: Work) -> None:
         """Where the tasks find them."""
         assert self._overrides is not None, "checked first"
         self._overrides.save(work.overrides)
-        tombstones = self.files.get("tombstones")
-        (Tombstones.parse(*tombstones) if tombstones else Tombstones.none()).save(work.tombstones)
-        if "vocabulary" in self.files:
-            write_bytes(work.frozen, self.files["vocabulary"][1])
+        for name, path in (("tombstones", work.tombstones), ("vocabulary", work.frozen)):
+            if name in self.files:
+                write_bytes(path, self.files[name][1])

@@ -33,6 +33,7 @@ MAX_JSON: Final = 1 << 20  # bytes of one sample's json; captions are capped far
 MAX_KEY: Final = 90  # characters: key + ".json" fits the 100 bytes of a ustar name
 BLOCK: Final = 512  # tar block
 RECORD: Final = 20 * BLOCK  # tars are padded to whole records
+TAKEDOWN: Final = ".takedown"  # folder of a takedown under way
 IMAGE_EXTENSIONS: Final = ("jpg", "png", "webp")
 
 INDEX_SCHEMA: Final = pa.schema(
@@ -282,6 +283,10 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     if not path.is_dir():
         raise DataError(f"no shard set at {path}: no such folder; make one with `python -m data_pipeline build`")
     if not file.is_file():
+        if (path / TAKEDOWN).is_dir():
+            raise DataError(
+                f"a takedown in {path} was interrupted; run `python -m data_pipeline takedown {path} …` again to end it"
+            )
         if (path / ".work").is_dir():
             raise DataError(
                 f"{path} is an unfinished build; run the same `python -m data_pipeline build` command again"

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Final
 
 from data_pipeline.errors import DataError
-from data_pipeline.files import write_bytes
 
 NAME: Final = "tombstones.jsonl"
 HASHES: Final = ("content_sha256", "stored_sha256", "perceptual_hash")
@@ -27,6 +26,7 @@ class Tombstone:
     stored_sha256: str
     perceptual_hash: str | None
     reason: str
+    near: int | None = None  # bits in which a copy may differ, where looks were to count
     date: str | None = None  # only if the user gave one: the same call gives the same bytes
 
     def line(self) -> str:
@@ -37,26 +37,35 @@ class Tombstone:
 class Tombstones:
     """What a build looks images up in."""
 
-    hashes: frozenset[bytes]  # sha256 of bytes as they came, or as they were stored
+    hashes: frozenset[bytes] = frozenset()  # sha256 of bytes as they came, or as they were stored
+    looks: tuple[tuple[bytes, int], ...] = ()  # perceptual hash, and bits in which a copy may differ
 
-    def holds(self, image: bytes) -> bool:
+    def hold(self, image: bytes) -> bool:
         return bool(self.hashes) and hashlib.sha256(image).digest() in self.hashes
 
-    @staticmethod
-    def none() -> "Tombstones":
-        return Tombstones(frozenset())
+    def look_like(self, perceptual_hash: bytes | None) -> bool:
+        """Is it a copy of a picture whose takedown counted looks?"""
+        if perceptual_hash is None:
+            return False
+        mine = int.from_bytes(perceptual_hash)
+        return any((int.from_bytes(hashed) ^ mine).bit_count() <= near for hashed, near in self.looks)
 
     @staticmethod
     def parse(path: Path, data: bytes) -> "Tombstones":
         lines = read_lines(path, data)
-        return Tombstones(frozenset(bytes.fromhex(line[name]) for line in lines for name in HASHES[:2] if name in line))
-
-    def save(self, path: Path) -> None:
-        write_bytes(path, json.dumps(sorted(value.hex() for value in self.hashes)).encode())
+        return Tombstones(
+            frozenset(bytes.fromhex(line[name]) for line in lines for name in HASHES[:2] if name in line),
+            tuple(
+                (bytes.fromhex(line[HASHES[2]]), int(line["near"]))
+                for line in lines
+                if {HASHES[2], "near"} <= set(line)
+            ),
+        )
 
     @staticmethod
     def open(path: Path) -> "Tombstones":
-        return Tombstones(frozenset(map(bytes.fromhex, json.loads(path.read_bytes()))))
+        """The file of a build's work folder; a build without tombstones has none."""
+        return Tombstones.parse(path, path.read_bytes()) if path.is_file() else Tombstones()
 
 
 def read_lines(path: Path, data: bytes) -> list[dict[str, str]]:
@@ -70,6 +79,8 @@ def read_lines(path: Path, data: bytes) -> list[dict[str, str]]:
             for name in HASHES:
                 if len(bytes.fromhex(line.get(name) or "00" * 32)) != 32:
                     raise ValueError(f"{name} is no hash of 32 bytes")
+            if not 0 <= int(line.get("near") or 0) <= 256:
+                raise ValueError("near is no number of bits")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}, line {number} is no tombstone ({error}); take it out or mend it") from None
         found.append({name: value for name, value in line.items() if value is not None})

@@ -154,6 +154,18 @@ def read(path: Path, wordnet: WordNet) -> list[VocabularyEntry]:
     return [VocabularyEntry(**row) for row in rows]
 
 
+def recount(path: Path, target: Path, fewer: Mapping[int, int]) -> None:
+    """The same classes with so many images less each, by index."""
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    for row in rows:
+        row["count"] -= fewer.get(row["index"], 0)
+    facts = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
+    if "digest" in facts:
+        facts["digest"] = _digest(rows)
+    shardset.write_table(target, pa.Table.from_pylist(rows, schema=table.schema.with_metadata(facts or None)))
+
+
 def identity(wordnet: WordNet) -> str:
     """A hash of all synsets by name and id: glosses and translations may differ, meanings of names may not."""
     digest = hashlib.sha256()

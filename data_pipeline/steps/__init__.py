@@ -17,9 +17,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline import schema
+from data_pipeline.evidence import Evidence
 from data_pipeline.images import Limits, Options
 from data_pipeline.overrides import Overrides
 from data_pipeline.shardset import write_table
+from data_pipeline.synsets import TagTable
 from data_pipeline.tombstones import Tombstones
 from data_pipeline.wordnet import WordNet
 
@@ -94,7 +96,7 @@ class Work:
 
     @property
     def tombstones(self) -> Path:
-        return self.folder / "tombstones.json"
+        return self.folder / "tombstones.jsonl"
 
     @property
     def frozen(self) -> Path:
@@ -138,8 +140,15 @@ def read_wordnet(folder: Path) -> WordNet:
 
 
 @functools.lru_cache(maxsize=1)
-def read_overrides(path: Path) -> Overrides:
-    return Overrides.open(path)
+def read_tag_table(work: Work, settings: Settings) -> TagTable:
+    """Lookups after overrides and deny-list; `evidence` also weighs senses that are no class when they win."""
+    overrides = Overrides.open(work.overrides)
+    return TagTable(read_wordnet(work.wordnet), overrides, competing=settings.senses == "evidence")
+
+
+@functools.lru_cache(maxsize=1)
+def read_evidence(work: Work) -> Evidence:
+    return Evidence.load(work.evidence, read_wordnet(work.wordnet))
 
 
 @functools.lru_cache(maxsize=1)

@@ -16,8 +16,8 @@ from data_pipeline.files import atomic_write, sha256_file
 from data_pipeline.job import Counts, LeftOut
 from data_pipeline.shardset import safe_key
 from data_pipeline.sources import Piece
-from data_pipeline.steps import Settings, Work, read_tombstones, read_wordnet, write_dropped
-from data_pipeline.wordnet import WordNet
+from data_pipeline.steps import Settings, Work, read_tag_table, read_tombstones, write_dropped
+from data_pipeline.synsets import TagTable
 
 MAX_TEXT: Final = 1000  # characters of language, source, licence and url; ours
 TEXTS: Final = ("language", "source", "licence", "url")
@@ -64,11 +64,13 @@ def examine(
         if position < stop:
             part = piece if (position, stop) == (0, piece.rows) else piece.part(position, stop)
             for table in part.read():
-                for row, reason, detail in _records(table, settings, read_wordnet(work.wordnet), position):
-                    if reason is None and read_tombstones(work.tombstones).holds(row["image"]):
+                for row, reason, detail in _records(table, settings, read_tag_table(work, settings), position):
+                    if reason is None and read_tombstones(work.tombstones).hold(row["image"]):
                         reason = "taken_down"
                     if reason is None:
                         reason, detail = _place_image(row, settings, laid, work.images(task))
+                    if reason is None and read_tombstones(work.tombstones).look_like(row["perceptual_hash"]):
+                        reason = "taken_down"
                     yield row, reason, detail
                 position += len(table)
                 watch.between_records()
@@ -97,7 +99,7 @@ def partition_of(order: bytes, partitions: int) -> int:
 
 
 def _records(
-    table: pa.Table, settings: Settings, wordnet: WordNet, position: int
+    table: pa.Table, settings: Settings, tags: TagTable, position: int
 ) -> Iterator[tuple[dict[str, Any], str | None, str | None]]:
     """Each row of a source with its hashtags, why it cannot be used, and the details of that."""
     for number, row in enumerate(table.to_pylist()):
@@ -107,7 +109,7 @@ def _records(
         row |= {"other_captions": [], "weight": 1.0 if row["weight"] is None else row["weight"]}
         if reason is None and 4 * sum(map(len, row["hashtags"])) > shardset.MAX_JSON // 4:
             reason = "too_many_hashtags"
-        if reason is None and not settings.keep_unlabelled and not any(map(wordnet.senses, row["hashtags"])):
+        if reason is None and not settings.keep_unlabelled and not any(tags.lookup(tag)[0] for tag in row["hashtags"]):
             reason = why_unlabelled(row)  # before the image is decoded for nothing
         yield row, reason, None
 
@@ -147,7 +149,7 @@ def _place_image(
         return error.reason, error.detail
     stored, row["extension"] = prepared.data, prepared.extension
     row |= {"width": prepared.width, "height": prepared.height, "perceptual_hash": prepared.perceptual_hash}
-    row["colours"] = prepared.colours
+    row["look"] = prepared.look
     row["changes"] = prepared.changes
     row["image_size"], row["image_sha256"] = len(stored), hashlib.sha256(stored).digest()
     row["content_sha256"] = row["image_sha256"] if stored is original else hashlib.sha256(original).digest()
