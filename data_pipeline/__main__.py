@@ -200,7 +200,7 @@ def _add_duplicates(parser: argparse.ArgumentParser) -> None:
         default=NEAR,
         metavar="N|off",
         help="remove pictures whose 256-bit perceptual hash is at most N bits from that of a larger or earlier one, if "
-        f"the colours agree too (default: {NEAR}; at most 31); off: remove only equal files",
+        f"they look alike too (default: {NEAR}; at most 31); off: remove only equal files",
     )
     add("--keep-duplicates", action="store_true", help="remove no duplicates at all, not even equal files")
     add(

@@ -4,7 +4,7 @@
 
 Two hashes that differ in fewer than 16 bits agree in a whole band, and two that differ in fewer than 32 agree in all
 but one bit of a band (Norouzi et al., 2012, multi-index hashing): every pair is found, none is looked for everywhere.
-A second look at the colours parts what has the same shape only. Arrays only, no files. Letters: N hashes, M pairs.
+A second look (look.py) parts what has the same shape only. Arrays only, no files. Letters: N hashes, M pairs.
 """
 
 import itertools
@@ -66,17 +66,17 @@ def distances(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> Ints:
     return np.bitwise_count(first ^ second).sum(axis=-1, dtype=np.int64)
 
 
-def colours_apart(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The largest difference in any cell and colour, over the last axis."""
+def looks_apart(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The largest difference in any cell, over the last axis."""
     return (np.maximum(first, second) - np.minimum(first, second)).max(axis=-1, initial=0)
 
 
-def leaders(colours: NDArray[np.uint8], limit: int) -> Ints:
-    """For pictures of one hash, in the order of preference: the first one whose colours are as good as the same."""
-    found = np.full(len(colours), -1, np.int64)
-    waiting = np.arange(len(colours))
+def leaders(looks: NDArray[np.uint8], limit: int) -> Ints:
+    """For pictures of one hash, in the order of preference: the first one that looks as good as the same."""
+    found = np.full(len(looks), -1, np.int64)
+    waiting = np.arange(len(looks))
     while len(waiting):
-        same = colours_apart(colours[waiting], colours[waiting[0]]) <= limit
+        same = looks_apart(looks[waiting], looks[waiting[0]]) <= limit
         found[waiting[same]] = waiting[0]
         waiting = waiting[~same]
     return found

@@ -30,7 +30,7 @@ from PIL import (
 )
 
 from data_pipeline import srgb
-from data_pipeline.colours import colours
+from data_pipeline.look import look
 from data_pipeline.phash import perceptual_hash as perceptual_hash  # for those who have pictures, not bytes
 
 __all__ = [
@@ -87,7 +87,7 @@ class Prepared:
     width: int  # as it came, upright
     height: int
     perceptual_hash: bytes | None
-    colours: bytes | None  # where there is a hash
+    look: bytes | None  # where there is a hash
     changes: tuple[str, ...]  # why it is not the bytes it was, and what was wrong with it; words to count under
 
 
@@ -320,8 +320,8 @@ def _prepare(data: bytes, kind: str, image: ImageFile.ImageFile, options: Option
     else:
         stored = encode(picture, "png")
     hashed = perceptual_hash(picture) if picture is not None and options.hash else None
-    cells = colours(picture) if picture is not None and hashed is not None else None
-    return Prepared(stored, extension, width, height, hashed, cells, (*changes, *ignored))
+    looks = look(picture) if picture is not None and hashed is not None else None
+    return Prepared(stored, extension, width, height, hashed, looks, (*changes, *ignored))
 
 
 def _shrunk(width: int, height: int, options: Options) -> tuple[int, int] | None:

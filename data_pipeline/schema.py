@@ -49,7 +49,7 @@ RECORDS: Final = pa.schema(
         ("image_sha256", pa.binary()),  # of the bytes as stored
         ("content_sha256", pa.binary()),  # of the bytes as they came
         ("perceptual_hash", pa.binary()),  # 32 bytes; null where it is off or the picture says nothing
-        ("colours", pa.binary()),  # 192 bytes, see colours.py; null where there is no hash
+        ("look", pa.binary()),  # 448 bytes, see look.py; null where there is no hash
         ("width", pa.int32()),  # as it came, upright
         ("height", pa.int32()),
     ]

@@ -22,25 +22,25 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_pipeline import dedup, images
-from data_pipeline.colours import SIZE as LOOK
 from data_pipeline.dedup import EVALUATION, TRAINING, Hashes, Ints, Limits, Pairs
 from data_pipeline.evaluation_sets import Piece
 from data_pipeline.files import atomic_write
 from data_pipeline.job import Counts
+from data_pipeline.look import SIZE as LOOK
 from data_pipeline.shardset import write_table
 from data_pipeline.steps import Work
 
 MAX_BUCKETS: Final = 256
 BLOCK_HASHES: Final = 1 << 20  # that a `pair` task holds at a time, 41 bytes each
-SAME_COLOURS: Final = 6  # levels: below it, equal hashes are one picture; recompression of photos stays below
-NEAR_COLOURS: Final = 18  # levels between such pictures, so that a copy is at most 24 from the one that stays
+SAME_LOOK: Final = 4  # levels of 255 in a cell: so much alike, equal hashes are one picture
+NEAR_LOOK: Final = 28  # between such pictures, so that a copy is at most 32 from the one that stays
 
 FINGERPRINTS: Final = pa.schema(
     [
         ("id", pa.int64()),
         ("content", pa.binary(dedup.BYTES)),  # sha256
         ("hash", pa.binary(dedup.BYTES)),  # null where the picture says nothing
-        ("colours", pa.binary(LOOK)),
+        ("look", pa.binary(LOOK)),
         ("pixels", pa.int64()),
         ("task", pa.int32()),
         ("row", pa.int64()),
@@ -95,7 +95,7 @@ class Search:
 
 def fingerprint(work: Work, search: Search, partition: int) -> Counts:
     """Hashes of the records of a partition, laid down by bucket."""
-    columns = ["content_sha256", "perceptual_hash", "colours", "width", "height", "task", "row"]
+    columns = ["content_sha256", "perceptual_hash", "look", "width", "height", "task", "row"]
     table = pq.read_table(work.table("unique", partition), columns=columns)
     start = search.starts[partition]
     found = pa.table(
@@ -103,7 +103,7 @@ def fingerprint(work: Work, search: Search, partition: int) -> Counts:
             pa.array(range(start, start + len(table)), pa.int64()),
             table["content_sha256"].cast(pa.binary(dedup.BYTES)),
             table["perceptual_hash"].cast(pa.binary(dedup.BYTES)),
-            table["colours"].cast(pa.binary(LOOK)),
+            table["look"].cast(pa.binary(LOOK)),
             table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy(),
             table["task"],
             table["row"],
@@ -128,7 +128,7 @@ def fingerprint_evaluation(work: Work, search: Search, number: int, set_number: 
         content = item["content"] = hashlib.sha256(data).digest()
         hashed, look, item["problem"] = _look_at(data) if search.by_hash else (None, None, None)
         place = {"id": item["id"], "pixels": 0, "task": number, "row": position, "set": set_number}
-        rows.append(place | {"content": content, "hash": hashed, "colours": look})
+        rows.append(place | {"content": content, "hash": hashed, "look": look})
     _lay_by_bucket(
         file_path(work, "fingerprints_eval", number), pa.Table.from_pylist(rows, schema=FINGERPRINTS), search
     )
@@ -137,12 +137,12 @@ def fingerprint_evaluation(work: Work, search: Search, number: int, set_number: 
 
 
 def _look_at(data: bytes) -> tuple[bytes | None, bytes | None, str | None]:
-    """Hash and colours of a picture, just as `read` makes them; the problem if it is bad."""
+    """Hash and look of a picture, just as `read` makes them; the problem if it is bad."""
     try:
         prepared = images.prepare(data, images.Options())
     except images.BadImage as error:
         return None, None, error.reason
-    return prepared.perceptual_hash, prepared.colours, None
+    return prepared.perceptual_hash, prepared.look, None
 
 
 def _lay_by_bucket(path: Path, table: pa.Table, search: Search) -> None:
@@ -161,7 +161,7 @@ def _keys(table: pa.Table, by_hash: bool) -> tuple[NDArray[np.uint8], NDArray[np
 
 
 def group(work: Work, search: Search, bucket: int) -> Counts:
-    """Pictures of equal hash and nearly equal colours, under the number of the best; one hash of each for `pair`."""
+    """Pictures of equal hash that look the same, under the number of the best; the hash of each group for `pair`."""
     paths = [file_path(work, "fingerprints", partition) for partition in range(search.partitions)]
     paths += [file_path(work, "fingerprints_eval", number) for number in range(search.pieces)]
     table = pa.Table.from_batches([read_batch(path, bucket) for path in paths], FINGERPRINTS).combine_chunks()
@@ -187,14 +187,14 @@ def _leaders(table: pa.Table, words: NDArray[np.uint64], hashed: NDArray[np.bool
     found = np.arange(len(table))
     if len(table) < 2:
         return found
-    content, look = fixed(table["content"], dedup.BYTES), fixed(table["colours"], LOOK)
+    content, look = fixed(table["content"], dedup.BYTES), fixed(table["look"], LOOK)
     begins = np.flatnonzero(np.r_[True, (words[1:] != words[:-1]).any(axis=1) | (hashed[1:] != hashed[:-1])])
     for start, stop in zip(begins, np.r_[begins[1:], len(table)], strict=True):
         if stop - start > 1:
             if (content[start:stop] == content[start]).all():  # as all without a hash
                 found[start:stop] = start
             else:
-                found[start:stop] = start + dedup.leaders(look[start:stop], SAME_COLOURS)
+                found[start:stop] = start + dedup.leaders(look[start:stop], SAME_LOOK)
     return found
 
 

@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline import dedup, hashtags, images, schema
-from data_pipeline.colours import SIZE as LOOK
 from data_pipeline.dedup import Ints, Pairs
 from data_pipeline.evaluation_sets import content_hash
 from data_pipeline.job import Counts
+from data_pipeline.look import SIZE as LOOK
 from data_pipeline.shardset import MAX_JSON, write_table
 from data_pipeline.steps import Work
 from data_pipeline.steps.duplicates import (
     ITEMS,
-    NEAR_COLOURS,
+    NEAR_LOOK,
     PAIRS,
     Search,
     file_path,
@@ -151,16 +151,16 @@ def _read_pairs(work: Work, blocks: int) -> Pairs:
 
 
 def _alike(corpus: Corpus, pairs: Pairs) -> Pairs:
-    """The pairs whose colours are near too."""
+    """The pairs that look alike too."""
     involved = np.unique(np.concatenate([pairs.first, pairs.second]))
-    rows = corpus.rows(["id", "colours"], lambda table: np.isin(table["id"].to_numpy(), involved))
+    rows = corpus.rows(["id", "look"], lambda table: np.isin(table["id"].to_numpy(), involved))
     order = np.argsort(rows["id"].to_numpy())
-    look = fixed(rows["colours"], LOOK)[order]
+    look = fixed(rows["look"], LOOK)[order]
     near = np.zeros(len(pairs.first), bool)
     for start in range(0, len(near), ROWS):
         part = slice(start, start + ROWS)
         first, second = (look[np.searchsorted(involved, ids[part])] for ids in (pairs.first, pairs.second))
-        near[part] = dedup.colours_apart(first, second) <= NEAR_COLOURS
+        near[part] = dedup.looks_apart(first, second) <= NEAR_LOOK
     return Pairs(pairs.first[near], pairs.second[near], pairs.distance[near])
 
 

@@ -134,8 +134,8 @@ def test_no_pairs_remove_nobody():
     assert banded(empty, Limits(31, 31)) == []
 
 
-def test_the_leader_of_a_picture_is_the_first_with_its_colours():
-    colours = np.array([[10, 10], [200, 10], [14, 12], [196, 10], [18, 10]], np.uint8)
-    assert dedup.leaders(colours, 6).tolist() == [0, 1, 0, 1, 4]  # the last is 8 levels from the first
+def test_the_leader_of_a_picture_is_the_first_that_looks_the_same():
+    looks = np.array([[10, 10], [200, 10], [14, 12], [196, 10], [18, 10]], np.uint8)
+    assert dedup.leaders(looks, 6).tolist() == [0, 1, 0, 1, 4]  # the last is 8 levels from the first
     assert dedup.leaders(np.empty((0, 2), np.uint8), 6).tolist() == []
-    assert dedup.colours_apart(colours[0], colours).tolist() == [0, 190, 4, 186, 8]
+    assert dedup.looks_apart(looks[0], looks).tolist() == [0, 190, 4, 186, 8]
