@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import build
-from data_pipeline.__main__ import main
 
-OPTIONS = ("build", "--samples-per-shard", "8", "--workers", "1")
+OPTIONS = ("build", "--samples-per-shard", "8", "--workers", "0")
 
 # Kill this very process right before or right after its n-th rename: every file that a build leaves appears by one.
 KILL_AT = """
@@ -32,7 +31,9 @@ def counted(source, target):
         os.kill(os.getpid(), signal.SIGKILL)
 files.os.replace = counted
 from data_pipeline.__main__ import main
-sys.exit(main(sys.argv[3:]))
+code = main(sys.argv[3:])
+print(seen)
+sys.exit(code)
 """
 
 
@@ -43,9 +44,16 @@ def made(make, tmp_path_factory):
     make.parquet(root / "in" / "a.parquet", make.rows(20), row_group_size=10)
     make.folder(root / "in" / "photos", 10)
     arguments = (*OPTIONS, "--input", str(root / "in"), "--output")
-    assert main([*arguments, str(root / "whole")]) == 0
-    assert killed(25, "after", *arguments, root / "unfinished") == -signal.SIGKILL
+    ended = kill_at(10_000, "never", *arguments, root / "whole")
+    assert ended.returncode == 0, ended.stderr
+    (root / "renames").write_text(ended.stdout.split()[-1])
+    assert killed(point(root, 0.65), "after", *arguments, root / "unfinished") == -signal.SIGKILL
     return root
+
+
+def point(root: Path, share: float) -> int:
+    """The rename that comes after this share of all."""
+    return max(1, round(share * int((root / "renames").read_text())))
 
 
 @pytest.fixture
@@ -74,35 +82,47 @@ def options(corpus):
 
 
 def killed(number: int, when: str, *arguments: object) -> int:
+    return kill_at(number, when, *arguments).returncode
+
+
+def kill_at(number: int, when: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", KILL_AT, str(number), when, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, timeout=60, cwd=Path(__file__).parents[2]).returncode
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
 
 
-# Of 40 renames: the first; in WordNet's tables; around a marker and between the files of a task; the plan; between a
-# tar and its index; the last one, of the manifest.
-POINTS = [(1, "before"), (3, "after"), (8, "before"), (10, "after"), (21, "after"), (32, "after"), (40, "before")]
+# The first; in WordNet's tables; around a marker and between the files of a task; between a tar and its index; the last
+# one, of the manifest.
+POINTS = [
+    (0, "before"),
+    (0.1, "after"),
+    (0.25, "before"),
+    (0.45, "after"),
+    (0.7, "after"),
+    (0.9, "before"),
+    (1, "before"),
+]
 
 
-@pytest.mark.parametrize(("number", "when"), POINTS)
-def test_a_killed_build_started_again_ends_byte_identical(run, make, tmp_path, options, expected, number, when):
+@pytest.mark.parametrize(("share", "when"), POINTS)
+def test_a_killed_build_started_again_ends_byte_identical(run, make, made, tmp_path, options, expected, share, when):
     output = tmp_path / "out"
-    assert killed(number, when, *options, "--output", output) == -signal.SIGKILL
+    assert killed(point(made, share), when, *options, "--output", output) == -signal.SIGKILL
     assert not (output / "manifest.json").exists()
     assert run(*options, "--output", output).code == 0
     assert make.hashes(output) == expected
 
 
-def test_killed_after_its_last_file_a_build_is_finished(run, make, tmp_path, options, expected):
+def test_killed_after_its_last_file_a_build_is_finished(run, make, made, tmp_path, options, expected):
     output = tmp_path / "out"
-    assert killed(40, "after", *options, "--output", output) == -signal.SIGKILL
+    assert killed(point(made, 1), "after", *options, "--output", output) == -signal.SIGKILL
     assert (output / ".work").exists()
     assert "up to date" in run(*options, "--output", output).out
     assert make.hashes(output) == expected
 
 
-def test_killed_again_and_again_it_still_ends_byte_identical(run, make, tmp_path, options, expected):
+def test_killed_again_and_again_it_still_ends_byte_identical(run, make, made, tmp_path, options, expected):
     output, deaths = tmp_path / "out", 0
-    while killed(12, "after", *options, "--output", output) == -signal.SIGKILL:
+    while killed(point(made, 0.3), "after", *options, "--output", output) == -signal.SIGKILL:
         deaths += 1
         assert deaths < 20
     assert deaths >= 2
