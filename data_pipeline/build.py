@@ -38,7 +38,7 @@ from data_pipeline.steps.merge import merge
 from data_pipeline.steps.read import describe, hash_files, probe, read
 from data_pipeline.steps.shards import collect, plan, shard, verify
 from data_pipeline.summary import clean
-from data_pipeline.wordnet import archive_sha256, open_wordnet
+from data_pipeline.wordnet import archive_sha256
 
 log = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def _prepare(work: Work, identity: dict[str, Any], decisions: Decisions) -> None
         write_bytes(work.folder / "job.json", json.dumps(identity).encode())
     decisions.lay_down(work)
     if not (work.wordnet / "complete").is_file():
-        open_wordnet().save(work.wordnet)
+        decisions.wordnet.save(work.wordnet)
         write_bytes(work.wordnet / "complete", b"")
 
 

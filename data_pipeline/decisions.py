@@ -2,6 +2,7 @@
 into its work folder, so that all its tasks go by the same text, and the manifest names each file's sha256.
 """
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from data_pipeline.files import sha256_bytes, write_bytes
 from data_pipeline.overrides import CHOICES, DENY_LIST, Overrides
 from data_pipeline.steps import Settings, Work
 from data_pipeline.tombstones import NAME, Tombstones
-from data_pipeline.wordnet import open_wordnet
+from data_pipeline.wordnet import WordNet, open_wordnet
 
 
 @dataclass
@@ -49,6 +50,10 @@ class Decisions:
                 raise UsageError(f"{option} {value}: cannot read {path} ({error.strerror}){choices}") from None
         return Decisions(settings, output, files)
 
+    @functools.cached_property
+    def wordnet(self) -> WordNet:
+        return open_wordnet()
+
     @property
     def hashes(self) -> dict[str, str]:
         return {name: sha256_bytes(data) for name, (_, data) in self.files.items()}
@@ -61,7 +66,7 @@ class Decisions:
                 f"pictures were taken down from {self.output}: add --tombstones {stones}, so that none comes back, or "
                 "choose another --output"
             )
-        wordnet = open_wordnet()
+        wordnet = self.wordnet
         own = self.files.get("overrides")
         self._overrides = Overrides.load(own[0] if own else None, self.settings.deny_list, wordnet)
         if self.settings.vocabulary is not None:

@@ -19,9 +19,11 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
+
+import pyarrow as pa
 
 from data_pipeline import hashtags
 from data_pipeline.errors import UsageError
@@ -68,7 +70,7 @@ class Overrides:
         return (), FORBIDDEN if FORBIDDEN in reasons else next(iter(reasons), None)
 
     def save(self, path: Path) -> None:
-        facts = asdict(self) | {"forbidden_tags": sorted(self.forbidden_tags)}
+        facts = vars(self) | {"forbidden_tags": sorted(self.forbidden_tags)}
         write_bytes(path, json.dumps(facts, sort_keys=True).encode())
 
     @staticmethod
@@ -121,7 +123,7 @@ class _Names:
     def __init__(self, wordnet: WordNet) -> None:
         self._all: list[str] = wordnet.synsets["synset"].to_pylist()
         self.ids: list[str] = wordnet.synsets["wnid"].to_pylist()
-        self.lemmas: list[list[str]] = wordnet.synsets["lemmas"].to_pylist()
+        self._lemmas = wordnet.synsets["lemmas"]
         self.rows = {name: row for row, name in enumerate(self._all)}
         self.parents: list[list[int]] = wordnet.synsets["hypernyms"].to_pylist()
         self._children: list[list[int]] = [[] for _ in self._all]
@@ -151,6 +153,12 @@ class _Names:
 
     def children(self, rows: Iterable[int]) -> list[int]:
         return [child for row in rows for child in self._children[row]]
+
+    def proper(self, rows: Iterable[int]) -> list[int]:
+        """Those whose every lemma begins with a capital."""
+        rows = sorted(rows)
+        every = self._lemmas.take(pa.array(rows, pa.int64())).to_pylist()
+        return [row for row, lemmas in zip(rows, every, strict=True) if all(lemma[:1].isupper() for lemma in lemmas)]
 
     def tops(self) -> list[int]:
         return [row for row, parents in enumerate(self.parents) if not parents]
@@ -245,15 +253,11 @@ def _read_deny_list(path: Path, names: _Names) -> Iterator[tuple[str, _Denied]]:
                 denied.synsets.update(rows)
             elif kinds[0] == "names":
                 inside = names.below(rows) - names.below(kept)
-                denied.synsets.update(row for row in inside if _is_name(names.lemmas[row]))
+                denied.synsets.update(names.proper(inside))
             else:
                 denied.branches.update(rows if kinds[0] == "branch" else names.children(rows))
                 denied.kept.update(kept)
         yield part, denied
-
-
-def _is_name(lemmas: Sequence[str]) -> bool:
-    return all(lemma[:1].isupper() for lemma in lemmas)
 
 
 # ------------------------------------------------------------------------------------------------------ the user's file
