@@ -83,11 +83,12 @@ def extract(caption: str) -> list[str]:
 
 def from_column(tags: Iterable[str]) -> list[str]:
     """Hashtags that come in a column of their own, with or without `#`: "Golden Retriever" -> golden_retriever."""
-    return unique(map(_spelled, tags))
+    return unique(map(as_hashtag, tags))
 
 
-def _spelled(tag: str) -> str:
-    return _NOT_WORD.sub("_", normalise(tag)).strip("_")
+def as_hashtag(text: str) -> str:
+    """Golden Retriever -> golden_retriever."""
+    return _NOT_WORD.sub("_", normalise(text)).strip("_")
 
 
 def unique(tags: Iterable[str]) -> list[str]:
@@ -290,7 +291,7 @@ def _from_columns(columns: pa.ListArray) -> tuple[pa.StringArray, Ints]:
     """Tags and the numbers of their rows; each spelling is looked at once."""
     lengths = pc.fill_null(columns.value_lengths(), 0).to_numpy(zero_copy_only=False)
     written = columns.flatten().dictionary_encode()
-    spelled = [_spelled(tag) for tag in written.dictionary.to_pylist()]
+    spelled = [as_hashtag(tag) for tag in written.dictionary.to_pylist()]
     usable = pa.array([tag if _is_usable(tag) else None for tag in spelled], pa.string())
     tags = usable.take(written.indices)
     there = tags.is_valid().to_numpy(zero_copy_only=False)

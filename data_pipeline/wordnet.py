@@ -1,6 +1,7 @@
 """Nouns of WordNet 3.0: squashed lemma -> synsets in sense order, with ids, lemmas, glosses and hypernyms.
 
     goldenretriever -> golden_retriever.n.01 (n02099601)     polarbears -> ice_bear.n.01     goldenfishing -> nothing
+    chien -> dog.n.01, where languages.py was asked for French
 
 The bundled dictionary is Princeton's, its nouns complete (wordnet30/README.md). It is read once, in about two seconds;
 the tables are kept as Parquet under ${XDG_CACHE_HOME:-~/.cache}/maws-open, keyed by the sha256 of the dictionary.
@@ -15,7 +16,7 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,13 +26,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline import languages
 from data_pipeline.errors import DataError
 from data_pipeline.files import atomic_write, sha256_bytes
 
 log = logging.getLogger(__name__)
 
 ARCHIVE: Final = Path(__file__).parent / "wordnet30" / "corpora" / "wordnet.zip"
-TABLE_VERSION: Final = 2  # raise when the tables below are made differently
+TABLE_VERSION: Final = 3  # raise when the tables below are made differently
 
 SYNSETS_SCHEMA: Final = pa.schema(
     [
@@ -82,10 +84,14 @@ def squash(lemma: str) -> str:
 class WordNet:
     """The noun tables; a synset is a row number of `synsets`."""
 
-    def __init__(self, synsets: pa.Table, lemmas: pa.Table, exceptions: pa.Table) -> None:
+    def __init__(
+        self, synsets: pa.Table, lemmas: pa.Table, exceptions: pa.Table, translations: pa.Table | None = None
+    ) -> None:
         self.synsets = synsets
         self.lemmas = lemmas
         self.exceptions = exceptions
+        self.translations = languages.SCHEMA.empty_table() if translations is None else translations
+        self._folder: Path | None = None  # where these tables lie, just as they are
 
     @functools.cached_property
     def _rows(self) -> dict[str, int]:
@@ -104,6 +110,22 @@ class WordNet:
         column = self.lemmas["synsets"].combine_chunks()
         return column.offsets.to_numpy(), column.values.to_numpy()
 
+    @functools.cached_property
+    def _translated(self) -> dict[str, list[int]]:
+        """Of a key that several languages have, the first language."""
+        found: dict[str, list[int]] = {}
+        for key, synsets in zip(*(self.translations[name].to_pylist() for name in ("key", "synsets")), strict=True):
+            found.setdefault(key, synsets)
+        return found
+
+    def with_languages(self, wanted: Sequence[str]) -> "WordNet":
+        """The same with the nouns of nltk's multilingual WordNet, looked up after the English ones."""
+        rows = {wnid: row for row, wnid in enumerate(self.synsets["wnid"].to_pylist())}
+        synsets, uses = (self.lemmas[name].combine_chunks().flatten() for name in ("synsets", "uses"))
+        total = np.bincount(synsets.to_numpy(), weights=uses.to_numpy(), minlength=len(self)).astype(int).tolist()
+        translations = languages.read(wanted, rows, dict(enumerate(total)))
+        return WordNet(self.synsets, self.lemmas, self.exceptions, translations)
+
     def __len__(self) -> int:
         return self.synsets.num_rows
 
@@ -117,7 +139,7 @@ class WordNet:
         """Synsets a hashtag can name, most usual first; none if it is no noun. It is never split into single words."""
         row = self._row(hashtag)
         if row is None:
-            return []
+            return list(self._translated.get(languages.key(hashtag), ())) if self._translated else []
         begin, flat = self._senses
         return flat[begin[row] : begin[row + 1]].tolist()
 
@@ -125,6 +147,13 @@ class WordNet:
         """The squashed lemma it is, or is the plural of."""
         row = self._row(hashtag)
         return None if row is None else self.lemmas["squashed"][row].as_py()
+
+    def uses(self, hashtag: str) -> dict[int, int]:
+        """How often the makers of WordNet met each sense in the texts they tagged."""
+        row = self._row(hashtag)
+        if row is None:
+            return {}
+        return dict(zip(self.lemmas["synsets"][row].as_py(), self.lemmas["uses"][row].as_py(), strict=True))
 
     def _row(self, hashtag: str) -> int | None:
         squashed = squash(hashtag)
@@ -158,24 +187,40 @@ class WordNet:
     def save(self, folder: Path) -> None:
         for name in _TABLES:
             with atomic_write(folder / f"{name}.parquet") as file:
-                pq.write_table(getattr(self, name), file, compression="zstd", write_page_checksum=True)
+                if self._folder is not None:  # ten times faster
+                    file.write((self._folder / f"{name}.parquet").read_bytes())
+                else:
+                    pq.write_table(getattr(self, name), file, compression="zstd", write_page_checksum=True)
 
     @staticmethod
     def load(folder: Path) -> "WordNet":
-        tables = {
-            name: pq.read_table(folder / f"{name}.parquet", schema=schema, page_checksum_verification=True)
-            for name, schema in _TABLES.items()
-        }
-        return WordNet(**tables)
+        tables = {}
+        for name, schema in _TABLES.items():
+            with pq.ParquetFile(folder / f"{name}.parquet", page_checksum_verification=True) as file:
+                tables[name] = file.read().cast(schema)
+        wordnet = WordNet(**tables)
+        wordnet._folder = folder
+        return wordnet
 
 
-_TABLES: Final = {"synsets": SYNSETS_SCHEMA, "lemmas": LEMMAS_SCHEMA, "exceptions": EXCEPTIONS_SCHEMA}
+_TABLES: Final = {
+    "synsets": SYNSETS_SCHEMA,
+    "lemmas": LEMMAS_SCHEMA,
+    "exceptions": EXCEPTIONS_SCHEMA,
+    "translations": languages.SCHEMA,
+}
 
 
-def open_wordnet() -> WordNet:
-    """The tables from the cache, built first where needed; without a writable cache they live in memory only."""
+def open_wordnet(wanted: Sequence[str] = ()) -> WordNet:
+    """The nouns of English, and of the languages wanted. The tables of English come from the cache, built first where
+    needed; without a writable cache they live in memory only."""
+    wordnet = _open_english()
+    return wordnet.with_languages(wanted) if wanted else wordnet
+
+
+def _open_english() -> WordNet:
     folder = cache_folder() / f"wordnet-{archive_sha256()[:16]}-v{TABLE_VERSION}"
-    with contextlib.suppress(OSError, pa.ArrowException):
+    with contextlib.suppress(OSError, ValueError, pa.ArrowException):
         return WordNet.load(folder)
     log.info("reading the nouns of WordNet, once: about two seconds")
     wordnet = build(ARCHIVE)

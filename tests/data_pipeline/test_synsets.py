@@ -12,10 +12,12 @@ STRINGS = pa.list_(pa.string())
 class Decisions:
     """As overrides.py gives them."""
 
+    removed: dict[int, str] = {}  # noqa: RUF012
+
     def __init__(self, nouns):
         self.nouns = nouns
 
-    def apply(self, tag, senses):
+    def apply(self, tag, senses, competing=False):
         if tag == "selfie":
             return tuple(self.nouns.senses("photograph")), None
         if tag == "rake":
