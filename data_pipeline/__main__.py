@@ -142,6 +142,14 @@ def _add_decisions(parser: argparse.ArgumentParser) -> None:
         help="use the classes of another shard set, index by index, and no others",
     )
     add(
+        "--languages",
+        nargs="+",
+        default=(),
+        metavar="CODE",
+        help="whose nouns to look up after the English ones, in this order (fra jpn …): those of nltk's multilingual "
+        "WordNet, which is got by python -m nltk.downloader omw-1.4",
+    )
+    add(
         "--overrides",
         metavar="FILE",
         help="YAML: force tags to synsets, forbid tags, synsets and branches, merge synsets",
@@ -387,6 +395,7 @@ def _build(options: argparse.Namespace) -> int:
         vocabulary_size=options.vocabulary_size,
         overrides=options.overrides,
         deny_list=options.deny_list,
+        languages=tuple(options.languages),
         tombstones=options.tombstones,
         samples_per_shard=options.samples_per_shard,
         resize=options.resize,

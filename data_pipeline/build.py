@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import pyarrow.parquet as pq
 
-from data_pipeline import evaluation_sets, shardset
+from data_pipeline import evaluation_sets, languages, shardset
 from data_pipeline.decisions import Decisions
 from data_pipeline.dedup import Limits
 from data_pipeline.errors import DataError
@@ -145,11 +145,12 @@ def _identity(sources: Sources, sets: Sequence[EvaluationSet], settings: Setting
         by_input[number].extend(result)
     inputs = [_input(name, files) for (name, _), files in zip(named, by_input, strict=True)]
     return {
-        "parameters": asdict(settings),
+        "parameters": asdict(settings) | {"languages": list(settings.languages)},  # as JSON gives it back
         "inputs": inputs[: len(sources.files)],
         "evaluation_sets": inputs[len(sources.files) :],
         "skipped_inputs": [{"path": _printable(name), "why": why} for name, why in sources.skipped],
         "wordnet_sha256": archive_sha256(),
+        "languages_sha256": languages.sha256(settings.languages),
         "versions": {name: metadata.version(name) for name in ("pyarrow", "pillow")},
     }
 
@@ -226,7 +227,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     for name, sha256 in new["decisions"].items():
         if old.get("decisions", {}).get(name) != sha256 and before.get(name) == after.get(name):
             yield f"the file of --{name.replace('_', '-')} has changed"
-    for name in ("wordnet_sha256", "versions"):
+    for name in ("wordnet_sha256", "languages_sha256", "versions"):
         if old.get(name) != new[name]:
             yield f"{name} was {old.get(name)}, now {new[name]}"
 

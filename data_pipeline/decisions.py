@@ -52,7 +52,7 @@ class Decisions:
 
     @functools.cached_property
     def wordnet(self) -> WordNet:
-        return open_wordnet()
+        return open_wordnet(self.settings.languages)
 
     @property
     def hashes(self) -> dict[str, str]:

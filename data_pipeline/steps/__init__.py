@@ -36,6 +36,7 @@ class Settings:
     max_caption: int = 10_000  # characters
     keep_unlabelled: bool = False
     senses: str = "evidence"  # evidence, first, all, unambiguous
+    languages: tuple[str, ...] = ()  # whose nouns are looked up after the English ones
     overrides: str | None = None  # file of the user
     deny_list: str = "all"  # none, non-visual, sensitive, all, or a file
     # classes

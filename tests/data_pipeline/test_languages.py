@@ -144,3 +144,22 @@ def test_a_corpus_that_others_may_write_to_is_refused_with_nltks_reason(corpus: 
         path.chmod(0o777)
     with pytest.raises(DataError, match="writable by"):
         wordnet.open_wordnet(["fra"])
+
+
+def test_a_build_reads_the_languages_it_is_asked_for(corpus, make, run, tmp_path):
+    rows = [row | {"caption": "#chien"} for row in make.rows(2)] + [
+        row | {"caption": "#dog"} for row in make.rows(2, 2)
+    ]
+    source = make.parquet(tmp_path / "in.parquet", rows)
+    english, french = ("build", "--input", source, "--workers", 1, "--output"), ("--languages", "fra")
+    assert run(*english, tmp_path / "french", *french).code == 0
+    assert [record["synsets"] for record in make.records(tmp_path / "french").values()] == [["dog.n.01"]] * 4
+    assert run(*english, tmp_path / "english").code == 0
+    assert len(make.records(tmp_path / "english")) == 2
+    again = run(*english, tmp_path / "french", *french)
+    assert (again.code, "up to date" in again.out) == (0, True)
+    tab = corpus / "corpora" / "omw-1.4" / "fra" / "wn-data-fra.tab"
+    tab.write_text(tab.read_text("utf-8").replace("chien domestique", "toutou"), "utf-8")
+    forget()
+    changed = run(*english, tmp_path / "french", *french)
+    assert (changed.code, "languages_sha256 was" in changed.err) == (1, True)
