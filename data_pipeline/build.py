@@ -6,7 +6,6 @@ OUTPUT/shards/ …         see shardset.py; complete once manifest.json is there
 
 import contextlib
 import fcntl
-import hashlib
 import itertools
 import json
 import logging
@@ -30,12 +29,12 @@ from data_pipeline.job import Counts, Job, Records, Task, merge_counts, remove_t
 from data_pipeline.progress import progress
 from data_pipeline.resample import CAP, EPOCH_FACTOR, Repeats
 from data_pipeline.runners import Call, Runner
-from data_pipeline.sources import Sources, discover
+from data_pipeline.sources import File, Input, Reading, Sources, discover, identity
 from data_pipeline.steps import Settings, Work, duplicates, verdicts
 from data_pipeline.steps.duplicates import Search
 from data_pipeline.steps.labels import choose_vocabulary, count_tags, label, senses, weigh
 from data_pipeline.steps.merge import merge
-from data_pipeline.steps.read import describe, hash_files, probe, read
+from data_pipeline.steps.read import describe, probe, read
 from data_pipeline.steps.shards import collect, plan, shard, verify
 from data_pipeline.summary import clean
 from data_pipeline.wordnet import archive_sha256
@@ -45,7 +44,6 @@ log = logging.getLogger(__name__)
 WORK: Final = ".work"
 PARTITION_ROWS: Final = 100_000  # records that one `merge` task sorts in memory
 MAX_PARTITIONS: Final = 1 << 16  # two bytes of the hash
-FILES_PER_CALL: Final = 500
 WORTH_A_POOL: Final = 1 << 30  # bytes to hash: less is done before other processes have started
 SHOWN: Final = 10  # skipped files on the terminal
 TABLES: Final = ("vocabulary", "dropped", "tags", "evidence", "duplicates", "evaluation")
@@ -60,17 +58,20 @@ class NothingKeptError(DataError):
 
 
 def build(
-    inputs: Sequence[Path],
+    inputs: Sequence[str | Path],
     output: Path,
     settings: Settings,
     runner: Runner,
     *,
+    storage: str = "{}",
+    hash_input: bool = False,
     evaluation: Sequence[Path] = (),
     overwrite: bool = False,
     partition_rows: int = PARTITION_ROWS,
 ) -> tuple[dict[str, Any], bool]:
     """The manifest, and whether there was anything to do. The rows per partition change the speed, not the bytes."""
-    sources = discover(inputs, output)
+    reading = Reading(storage, settings.caption_column, settings.image_column, settings.allow_http)
+    sources = discover(inputs, output, reading)
     for name, why in sources.skipped[:SHOWN]:
         log.info("skipped %s: %s", clean(name), clean(why))
     if len(sources.skipped) > SHOWN:
@@ -79,9 +80,10 @@ def build(
         raise DataError(f"a takedown in {output} is under way or was killed; run it again to end it, then build")
     decisions = Decisions.read(settings, output)
     sets = evaluation_sets.find(evaluation)
-    identity = _identity(sources, sets, settings, runner) | {"decisions": decisions.hashes}
+    made_from = _identity(sources, sets, settings, runner, hash_input) | {"decisions": decisions.hashes}
+    stamps = identity.stamps(sources.inputs, everything=hash_input)
     existed = output.is_dir()
-    up_to_date = _up_to_date(output, identity, overwrite)
+    up_to_date = _up_to_date(output, made_from | {"stamps": stamps}, overwrite)
     if up_to_date and not (output / WORK).exists():
         return shardset.read_manifest(output)[0], False
     with _locked(output):
@@ -92,7 +94,7 @@ def build(
         decisions.check()  # before anything is removed
         if overwrite:
             _remove(output)
-        _prepare(work, identity, decisions)
+        _prepare(work, made_from | {"stamps": stamps}, decisions)
         if blind := runner.blind(work.folder / "job.json"):
             raise DataError(
                 f"--output {output} is not seen by {', '.join(blind)}: on a cluster, inputs and output must lie in a "
@@ -106,7 +108,7 @@ def build(
             if not existed:
                 output.rmdir()
             raise
-        shardset.write_manifest(output, content | identity | {"parents": []})
+        shardset.write_manifest(output, content | made_from | {"parents": []})
         shutil.rmtree(work.folder)
     return shardset.read_manifest(output)[0], True
 
@@ -127,46 +129,21 @@ def check(shards: shardset.ShardSet, runner: Runner) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- what is there
 
 
-def _identity(sources: Sources, sets: Sequence[EvaluationSet], settings: Settings, runner: Runner) -> dict[str, Any]:
+def _identity(
+    sources: Sources, sets: Sequence[EvaluationSet], settings: Settings, runner: Runner, hash_input: bool
+) -> dict[str, Any]:
     """What the output is a function of."""
-    named = [*sources.files, *((one.name, list(one.files)) for one in sets)]
-    lists = [files[n : n + FILES_PER_CALL] for _, files in named for n in range(0, len(files), FILES_PER_CALL)]
-    owner = [number for number, (_, files) in enumerate(named) for _ in range(0, len(files), FILES_PER_CALL)]
-    found: list[list[tuple[str, int, str]]] = [[] for _ in lists]
-    calls = [Call(hash_files, (files,)) for files in lists]
-    size = sum(path.stat().st_size for files in lists for _, path in files)
-    results = runner.run(calls) if size > WORTH_A_POOL else ((number, call()) for number, call in enumerate(calls))
-    with progress("hashing the input", sum(map(len, lists)), "files") as counter:
-        for position, result in results:
-            found[position] = result
-            counter.advance(len(result))
-    by_input: list[list[tuple[str, int, str]]] = [[] for _ in named]
-    for number, result in zip(owner, found, strict=True):
-        by_input[number].extend(result)
-    inputs = [_input(name, files) for (name, _), files in zip(named, by_input, strict=True)]
+    evaluation = [Input(one.name, [File(name, str(path), path.stat().st_size) for name, path in one.files])
+                  for one in sets]  # fmt: skip
     return {
         "parameters": asdict(settings) | {"languages": list(settings.languages)},  # as JSON gives it back
-        "inputs": inputs[: len(sources.files)],
-        "evaluation_sets": inputs[len(sources.files) :],
-        "skipped_inputs": [{"path": _printable(name), "why": why} for name, why in sources.skipped],
+        "inputs": identity.describe(sources.inputs, runner, everything=hash_input),
+        "evaluation_sets": identity.describe(evaluation, runner, everything=True),
+        "skipped_inputs": [{"path": identity.printable(name), "why": why} for name, why in sources.skipped],
         "wordnet_sha256": archive_sha256(),
         "languages_sha256": languages.sha256(settings.languages),
         "versions": {name: metadata.version(name) for name in ("pyarrow", "pillow")},
     }
-
-
-def _input(name: str, files: list[tuple[str, int, str]]) -> dict[str, Any]:
-    """A Parquet file by its own sha256, a folder of images by that of the list of its files."""
-    size = sum(size for _, size, _ in files)
-    if not name.endswith("/"):
-        return {"path": _printable(name), "bytes": size, "sha256": files[0][2]}
-    lines = "".join(f"{digest} {size} {name}\n" for name, size, digest in files)
-    digest = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
-    return {"path": _printable(name), "files": len(files), "bytes": size, "sha256": digest}
-
-
-def _printable(name: str) -> str:
-    return name.encode("utf-8", "replace").decode()
 
 
 def _up_to_date(output: Path, identity: dict[str, Any], overwrite: bool) -> bool:
@@ -222,6 +199,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
             yield f"the input {path} is new"
         elif files_before[path] != files_after[path]:
             yield f"the input {path} has changed"
+    for path, stamp in new["stamps"].items():
+        if old.get("stamps", {}).get(path, stamp) != stamp:  # only an unfinished build knows them
+            yield f"the input {path} has other times or checksums than when the build started"
     if old.get("inputs") != new["inputs"] and files_before == files_after:
         yield "the inputs come in another order or number"
     for name, sha256 in new["decisions"].items():

@@ -11,7 +11,7 @@ tag itself (evidence.py) hands in its own numbers.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
@@ -43,7 +43,10 @@ TAGS: Final = pa.schema(
 class Overrides(Protocol):
     """What people decided about tags and synsets; see overrides.py."""
 
-    def apply(self, tag: str, senses: Sequence[int]) -> tuple[tuple[int, ...], str | None]: ...
+    @property
+    def removed(self) -> Mapping[int, str]: ...
+
+    def apply(self, tag: str, senses: Sequence[int], competing: bool = False) -> tuple[tuple[int, ...], str | None]: ...
 
 
 @dataclass(frozen=True)
@@ -92,17 +95,29 @@ class Candidates:
 class TagTable:
     """Looks tags up, each once."""
 
-    def __init__(self, wordnet: WordNet, overrides: Overrides | None = None) -> None:
+    def __init__(self, wordnet: WordNet, overrides: Overrides | None = None, competing: bool = False) -> None:
+        """`competing` keeps senses that are no class beside others, for a policy that reads what is around a tag."""
         self._wordnet = wordnet
         self._overrides = overrides
+        self._competing = competing
         self.lookup = functools.lru_cache(maxsize=REMEMBERED)(self._lookup)
 
     def _lookup(self, tag: str) -> tuple[tuple[int, ...], str | None]:
         """The senses of a tag, and why it has none. An override may give senses to what is no noun."""
         senses, reason = tuple(self._wordnet.senses(tag)), None
         if self._overrides is not None:
-            senses, reason = self._overrides.apply(tag, senses)
+            senses, reason = self._overrides.apply(tag, senses, self._competing)
         return senses, None if senses else reason or UNMAPPED
+
+    def leave_out(self, candidates: Candidates, meant: Ints) -> tuple[Ints, int]:
+        """The sense that each occurrence means without those that are no class, and how many these were."""
+        removed = self._overrides.removed if self._overrides is not None else {}
+        allowed = np.array([sense not in removed for senses in candidates.senses for sense in senses], bool)
+        found = np.flatnonzero(meant >= 0)
+        out = found[~allowed[candidates.start[candidates.tag[found]] + meant[found]]]
+        left = meant.copy()
+        left[out] = -1
+        return left, len(out)
 
     def candidates(self, hashtags: pa.ListArray | pa.ChunkedArray) -> Candidates:
         """`hashtags`: list<string>, null for an image without any."""

@@ -32,6 +32,10 @@ ROW_GROUP: Final = 2000  # rows of the labelled table that a shard reads at once
 class Settings:
     """What decides the content of a shard set, as asked for; written into the manifest."""
 
+    # sources
+    caption_column: str | None = None
+    image_column: str | None = None
+    allow_http: bool = False
     # captions and labels
     max_caption: int = 10_000  # characters
     keep_unlabelled: bool = False

@@ -1,15 +1,15 @@
 """Steps senses, vocabulary and label: hashtags -> synsets -> classes -> label indices."""
 
-import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline import schema, vocabulary
+from data_pipeline import evidence, schema, tag_counts, vocabulary
+from data_pipeline.compute import pc
 from data_pipeline.job import Counts
 from data_pipeline.resample import signature
 from data_pipeline.shardset import write_table
@@ -17,6 +17,8 @@ from data_pipeline.steps import (
     ROW_GROUP,
     Settings,
     Work,
+    read_evidence,
+    read_tag_table,
     read_unique,
     read_wordnet,
     sum_counts,
@@ -24,20 +26,55 @@ from data_pipeline.steps import (
     write_dropped,
 )
 from data_pipeline.steps.read import why_unlabelled
-from data_pipeline.synsets import map_hashtags
+from data_pipeline.synsets import choose, first, unambiguous
 
 HISTOGRAM: Final = pa.schema([("counts", pa.list_(pa.int64())), ("weight", pa.float64()), ("images", pa.int64())])
 CLASSES: Final = pa.schema([("row", pa.int32()), ("index", pa.int32()), ("count", pa.int64())])
 
 
+def weigh(work: Work, settings: Settings, partitions: int) -> Counts:
+    """Evidence for the senses of hashtags, from the first images in the order of the shards: that order is random."""
+    images: list[tuple[str | None, list[str]]] = []
+    for partition in range(partitions):
+        table = read_unique(work, partition, ["caption", "hashtags"]).slice(0, evidence.SAMPLE - len(images))
+        images.extend(zip(table["caption"].to_pylist(), table["hashtags"].to_pylist(), strict=True))
+        if len(images) == evidence.SAMPLE:
+            break
+    evidence.fit(images, read_tag_table(work, settings), read_wordnet(work.wordnet)).save(work.evidence)
+    return {"images_of_evidence": len(images)}
+
+
 def senses(work: Work, settings: Settings, partition: int) -> Counts:
-    """The synsets of each image, and images per synset."""
+    """The synsets of each image, images per synset, and what became of each hashtag."""
     unique = read_unique(work, partition)
-    mapped = map_hashtags(unique["hashtags"].to_pylist(), read_wordnet(work.wordnet))
-    table = unique.append_column(schema.MAPPED.field("synsets"), pa.array(mapped.synsets, pa.list_(pa.int32())))
-    write_table(work.table("mapped", partition), table, ROW_GROUP)
-    write_counts(work.table("synsets", partition), Counter(itertools.chain.from_iterable(mapped.synsets)))
-    return {**mapped.counts, "named_by_wordnet": sum(map(bool, mapped.synsets))}
+    table = read_tag_table(work, settings)
+    candidates = table.candidates(unique["hashtags"])
+    meant, probability, denied = None, None, 0
+    if settings.senses == "evidence":
+        meant, probability = read_evidence(work).choose(candidates, unique["caption"].to_pylist())
+        meant, denied = table.leave_out(candidates, meant)
+    elif settings.senses != "all":
+        meant = {"first": first, "unambiguous": unambiguous}[settings.senses](candidates)
+    mapped, counts = choose(candidates, "all" if meant is None else meant)
+    counts |= {
+        "denied_hashtags": counts["denied_hashtags"] + denied,
+        "undecided_hashtags": counts["undecided_hashtags"] - denied,
+    }
+    write_table(
+        work.table("mapped", partition), unique.append_column(schema.MAPPED.field("synsets"), mapped), ROW_GROUP
+    )
+    used, images = np.unique(mapped.flatten().to_numpy(), return_counts=True)
+    write_counts(work.table("synsets", partition), Counter(dict(zip(used.tolist(), images.tolist(), strict=True))))
+    write_table(work.table("tags", partition), tag_counts.count(candidates, meant, probability))
+    return {**counts, "named_by_wordnet": int((mapped.value_lengths().to_numpy(zero_copy_only=False) > 0).sum())}
+
+
+def count_tags(work: Work, partitions: int) -> Counts:
+    """tags.parquet of the shard set."""
+    tables = (pq.read_table(work.table("tags", partition)) for partition in range(partitions))
+    names = read_wordnet(work.wordnet).synsets["synset"].combine_chunks()
+    write_table(work.tags, tag_counts.add(tables, names))
+    return {}
 
 
 def choose_vocabulary(work: Work, settings: Settings, partitions: int, named: int) -> Counts:
