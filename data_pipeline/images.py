@@ -31,7 +31,7 @@ from PIL import (
 
 from data_pipeline import srgb
 from data_pipeline.look import look
-from data_pipeline.phash import perceptual_hash as perceptual_hash  # for those who have pictures, not bytes
+from data_pipeline.phash import SIDE, perceptual_hash
 
 __all__ = [
     "BadImage",
@@ -49,9 +49,10 @@ __all__ = [
 MAX_PIXELS: Final = 100_000_000  # our choice: above any camera picture of a web corpus, 400 MB once decoded to RGBA
 MAX_BYTES: Final = 64 << 20  # our choice: one picture must not fill a worker's memory; sources read no larger files
 MAX_SCANS: Final = 64  # our choice: progressive JPEGs have about ten; thousands keep a decoder busy for hours
-# Our choice: a JPEG that is to shrink is decoded at 1/2, 1/4 or 1/8 of its size while that leaves 1.5 pixels for each
-# one wanted. What this changes is below what JPEG itself loses at quality 90 (benchmarks/README.md).
-DECODE_MARGIN: Final = 1.5
+# Our choice: a JPEG that is to shrink is decoded at 1/2, 1/4 or 1/8 of its size while that leaves 1.25 pixels for each
+# one wanted. It saves a third of the time, and changes a picture less than the choice of a filter does (30 dB and more
+# to full decoding: benchmarks/README.md).
+DECODE_MARGIN: Final = 1.25
 HASH_SIDE: Final = 128  # pixels that are enough for the perceptual hash, twice the side it works with
 
 KEPT_AS_IS: Final = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # format -> extension in the shard
@@ -158,7 +159,7 @@ def _open(data: bytes, limits: Limits) -> tuple[str, ImageFile.ImageFile]:
     with _translated():
         image = _OPEN[kind](io.BytesIO(data))
     _check_size(image.width, image.height, limits)
-    if kind == "jpeg" and data.count(b"\xff\xda") > MAX_SCANS and (scans := _scans(data)) > MAX_SCANS:
+    if kind == "jpeg" and len(_SCAN.findall(data)) > MAX_SCANS and (scans := _scans(data)) > MAX_SCANS:
         raise BadImage("too_many_scans", f"{scans} is more than {MAX_SCANS}")
     return kind, image
 
@@ -191,6 +192,9 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
         raise BadImage("too_many_pixels", f"{width} x {height} is more than {limits.max_pixels:,}")
     if long > limits.max_aspect * short:
         raise BadImage("too_elongated", f"{width} x {height} is more than {limits.max_aspect:g} to 1")
+
+
+_SCAN: Final = re.compile(rb"\xff\xda\0")  # and the first byte of a length that is below 256
 
 
 def _scans(data: bytes) -> int:
@@ -319,8 +323,11 @@ def _prepare(data: bytes, kind: str, image: ImageFile.ImageFile, options: Option
         stored = encode(picture, "jpeg", quality=options.quality)
     else:
         stored = encode(picture, "png")
-    hashed = perceptual_hash(picture) if picture is not None and options.hash else None
-    looks = look(picture) if picture is not None and hashed is not None else None
+    hashed = looks = None
+    if picture is not None and options.hash:
+        cells = picture if min(picture.size) < SIDE else picture.resize((SIDE, SIDE), Image.Resampling.BOX)
+        hashed = perceptual_hash(cells)
+        looks = look(cells) if hashed is not None else None
     return Prepared(stored, extension, width, height, hashed, looks, (*changes, *ignored))
 
 

@@ -218,16 +218,15 @@ def test_small_pictures_are_never_enlarged(make, side, kind):
     assert prepared.data is small
 
 
-@pytest.mark.parametrize("resize", [40, 70, 100, 150, 199])
-def test_decoding_at_a_fraction_of_the_size_costs_less_than_jpeg_does(resize):
-    """The stated bound: 33 dB to what full decoding gives, and closer to it than a JPEG of quality 90 comes."""
+@pytest.mark.parametrize("resize", [30, 40, 58, 70, 100, 140, 192, 199])
+def test_decoding_at_a_fraction_of_the_size_changes_little(resize):
+    """The stated bound is 30 dB to what full decoding gives."""
     for seed in range(4):
         data = encode(photo((640, 480), seed), "jpeg", quality=92)
         whole = Image.open(io.BytesIO(data))
         size = images.header(images.prepare(data, Options(resize=resize)).data)[1:]
         exact = whole.resize(size, Image.Resampling.BICUBIC)
-        bound = max(33, psnr(images.decode(encode(exact, "jpeg", quality=90)), exact))
-        assert psnr(fast(data, resize), exact) >= bound
+        assert psnr(fast(data, resize), exact) >= 30
 
 
 def fast(data: bytes, resize: int) -> Image.Image:
@@ -244,22 +243,18 @@ def fast(data: bytes, resize: int) -> Image.Image:
 
 def test_a_large_jpeg_is_not_decoded_in_full(monkeypatch):
     sizes = []
-    load = Image.core.fill  # the buffer that pixels are decoded into
-    monkeypatch.setattr("PIL.Image.core.new", spy(Image.core.new, sizes), raising=True)
-    data = encode(photo((2000, 1500)), "jpeg")
-    sizes.clear()
-    prepared = images.prepare(data, Options(resize=128))
-    assert (prepared.width, prepared.height) == (2000, 1500)
-    assert max(width * height for width, height in sizes) <= 2000 * 1500 / 16
-    assert load is Image.core.fill
+    new = Image.core.new  # makes room for pixels
 
-
-def spy(new, sizes):
-    def call(mode, size, *rest):
+    def spy(mode, size, *rest):
         sizes.append(size)
         return new(mode, size, *rest)
 
-    return call
+    data = encode(photo((2000, 1500)), "jpeg")
+    monkeypatch.setattr("PIL.Image.core.new", spy)
+    prepared = images.prepare(data, Options(resize=128))
+    assert (prepared.width, prepared.height) == (2000, 1500)
+    assert sizes
+    assert max(width * height for width, height in sizes) <= 2000 * 1500 / 60
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
@@ -583,7 +578,8 @@ def test_limits_and_sides_can_be_chosen_on_the_command_line(make, build):
         {"key": "small", "image": encode(photo((40, 30), 3), "jpeg"), "caption": "#dog"},
         {"key": "heavy", "image": encode(photo((200, 200), 4), "png"), "caption": "#dog"},
     ]
-    limits = ("--min-side", 32, "--max-aspect", 2, "--max-bytes", 90_000, "--max-pixels", 200_000)
+    assert len(rows[0]["image"]) < len(rows[3]["image"])
+    limits = ("--min-side", 32, "--max-aspect", 2, "--max-bytes", len(rows[3]["image"]) - 1, "--max-pixels", 200_000)
     manifest, output = build(rows, "--resize", 100, "--resize-side", "long", *limits)
     dropped = {reason: number for reason, number in manifest["counts"]["dropped"].items() if number}
     assert dropped == {"too_elongated": 1, "too_many_bytes": 1, "too_small": 1}
