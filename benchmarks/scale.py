@@ -94,14 +94,14 @@ def measure(corpus: Path, output: Path, workers: str, near: str, timeout: float)
     start = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peaks: dict[int, int] = {}
-    steps: dict[str, list[float]] = {}
+    steps: dict[str, float] = {}
     before = os.times()
     try:
         while process.poll() is None and time.monotonic() - start < timeout:
             for pid in (process.pid, *children(process.pid)):
                 peaks[pid] = max(peaks.get(pid, 0), peak(pid))
             for step in running(output):
-                steps.setdefault(step, [time.monotonic(), 0.0])[1] = time.monotonic()
+                steps[step] = time.monotonic()
             time.sleep(0.2)
     finally:
         if process.poll() is None:
@@ -126,10 +126,10 @@ def measure(corpus: Path, output: Path, workers: str, near: str, timeout: float)
     }
 
 
-def spans(steps: dict[str, list[float]], start: float) -> Iterator[tuple[str, tuple[float, float]]]:
-    """A step lasts from the first sight of the one before to its own last."""
+def spans(steps: dict[str, float], start: float) -> Iterator[tuple[str, tuple[float, float]]]:
+    """A step lasts from the last sight of the one before to its own."""
     edge = start
-    for name, (_, last) in steps.items():
+    for name, last in sorted(steps.items(), key=lambda item: item[1]):
         yield name, (edge, last)
         edge = last
 

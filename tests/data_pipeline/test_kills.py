@@ -81,7 +81,7 @@ def assert_each_record_once(output: Path, corpus: Path) -> None:
     shards = ShardSet.open(output)
     keys = [shards.record(n, row)["key"] for n, size in enumerate(shards.shard_sizes) for row in range(size)]
     rows = {f"k{n:03d}" for n in range(60) if n % 10 not in (3, 7, 9)}
-    assert sorted(keys) == sorted(rows | {f"photo{n:02d}" for n in range(20) if n != 3})
+    assert sorted(keys) == sorted(rows | {f"photos/photo{n:02d}" for n in range(20) if n != 3})
     counts = shards.manifest["counts"]
     assert counts["read"] == 80 == len(keys) + sum(counts["dropped"].values())
 
