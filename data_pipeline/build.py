@@ -284,6 +284,8 @@ def _run_steps(
         for number, piece in enumerate(sources.pieces)
     ]
     counts = merge_counts(job.run("read", reads, "images"))
+    if left_out := job.quarantined("read"):
+        write_bytes(work.quarantine, b"".join(json.dumps(one, sort_keys=True).encode() + b"\n" for one in left_out))
     counts = merge_counts([counts, *job.run("merge", _each_partition(merge, work, (tasks,), partitions, MERGE_FILES))])
     found = _remove_duplicates(work, settings, sets, job, partitions)
     contamination = found.pop("contamination", [])
@@ -376,7 +378,8 @@ def _remove_duplicates(
 
 def _hand_over(work: Work, output: Path) -> dict[str, str]:
     """Tables that belong to the shard set beside the shards; their sha256 by name."""
-    names = (work.dropped, work.tags, work.evidence, work.duplicates, work.evaluation, work.tombstones)
+    tables = (work.dropped, work.tags, work.evidence, work.duplicates, work.evaluation)
+    names = (*tables, work.tombstones, work.quarantine)
     tables = [path for path in names if path.is_file()]
     for path in tables:
         write_bytes(output / path.name, path.read_bytes())

@@ -132,6 +132,11 @@ class Work:
     def dropped(self) -> Path:
         return self.folder / "dropped.parquet"
 
+    @property
+    def quarantine(self) -> Path:
+        """Records that killed the process that read them, one line of JSON each."""
+        return self.folder / "quarantine.jsonl"
+
     def images(self, task: int) -> Path:
         return self.folder / "images" / f"{task:06d}.bin"
 
