@@ -379,11 +379,10 @@ def _remove_duplicates(
 def _hand_over(work: Work, output: Path) -> dict[str, str]:
     """Tables that belong to the shard set beside the shards; their sha256 by name."""
     tables = (work.dropped, work.tags, work.evidence, work.duplicates, work.evaluation)
-    names = (*tables, work.tombstones, work.quarantine)
-    tables = [path for path in names if path.is_file()]
-    for path in tables:
+    files = [path for path in (*tables, work.tombstones, work.quarantine) if path.is_file()]
+    for path in files:
         write_bytes(output / path.name, path.read_bytes())
-    return {path.name: sha256_file(output / path.name) for path in tables}
+    return {path.name: sha256_file(output / path.name) for path in files}
 
 
 def _write_shards(work: Work, output: Path, job: Job, repeats: Repeats, materialise: bool) -> list[Counts]:
