@@ -157,6 +157,7 @@ class Evidence:
         self._values = np.bincount(place, weights=values, minlength=len(self._keys))
         self._totals = np.bincount(self._keys % size, weights=self._values, minlength=size)
         self._kind_factor = self._factors(kinds)
+        self._log_prior = functools.lru_cache(maxsize=1 << 16)(self._prior)
 
     def choose(self, candidates: Candidates, captions: Sequence[str | None]) -> tuple[Ints, Floats]:
         """The number of the sense that each occurrence of a tag means, -1 where it has none, and how probable it is.
@@ -194,7 +195,7 @@ class Evidence:
     ) -> tuple[Floats, Floats, dict[str, Floats]]:
         """Probabilities of the senses, prior probabilities, and what each term around adds to the score of each."""
         terms = self._others(self._known(caption, tags), tag)
-        log_prior = self._log_prior(tag, senses)
+        log_prior = self._log_prior(tag, tuple(senses))
         prior = np.exp(log_prior - log_prior.max())
         names = list(self._terms)
         shares = {
@@ -213,7 +214,8 @@ class Evidence:
         own = self._number.get(self._reader.of(tag))
         return [term for term in terms if term != own]
 
-    def _log_prior(self, tag: str, senses: Sequence[int]) -> Floats:
+    def _prior(self, tag: str, senses: tuple[int, ...]) -> Floats:
+        """Logarithms, not normalised."""
         uses = self._wordnet.uses(tag)
         found = [uses.get(sense, 0) + UNSEEN / rank for rank, sense in enumerate(senses, 1)]
         own = self._reader.of(tag)
