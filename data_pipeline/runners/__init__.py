@@ -3,7 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Final, Protocol, Self
+
+from data_pipeline.errors import DataError
+
+ATTEMPTS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -39,3 +43,21 @@ class Runner(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *ending: object) -> None: ...
+
+
+def run_surely(runner: Runner, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
+    """Results only: what loses its worker is tried again, and the third time is an error."""
+    waiting = list(range(len(calls)))
+    for _ in range(ATTEMPTS):
+        again = []
+        for position, result in runner.run([calls[number] for number in waiting]):
+            if isinstance(result, Lost):
+                again.append(waiting[position])
+            else:
+                yield waiting[position], result
+        waiting = sorted(again)
+    if waiting:
+        raise DataError(
+            f"a worker process was killed {ATTEMPTS} times at the same work, most likely for lack of memory; run the "
+            "same command again with fewer --workers"
+        )

@@ -88,9 +88,11 @@ def probe(work: Work, settings: Settings, task: int, piece: Piece, partitions: i
 
 def describe(work: Work, settings: Settings, task: int, piece: Piece, partitions: int, position: int) -> dict[str, Any]:
     """What a row that is left out is called."""
-    row = next(piece.part(position, position + 1).read()).slice(0, 1).to_pylist()[0]
-    key = row["key"] if row["problem"] is not None else safe_key(row["key"])
-    return {"key": key, "source": row["source"], "row": row["row"]}
+    for table in piece.part(position, position + 1).read():
+        for row in table.select(["key", "source", "row", "problem"]).to_pylist():
+            key = row["key"] if row["problem"] is not None else safe_key(row["key"])
+            return {"key": key, "source": row["source"], "row": row["row"]}
+    return {}
 
 
 def partition_of(order: bytes, partitions: int) -> int:
