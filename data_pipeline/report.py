@@ -97,6 +97,7 @@ def render(shards: ShardSet) -> str:
         unaccounted=counts["read"] - counts["kept"] - sum(counts["dropped"].values()),
         drops=report_tables.drops(shards),
         unlabelled=[(code, REASONS.get(code, code), n) for code, n in largest(counts.get("unlabelled", {})) if n],
+        changed=[(code.replace("_", " "), n) for code, n in largest(counts.get("changed", {})) if n],
         labels=labels(shards, found),
         tags=report_tables.tags(shards),
         resampling=manifest["resampling"],

@@ -108,7 +108,7 @@ class Tags:
     words: dict[str, str] = field(default_factory=dict)
     distinct: Counter[str] = field(default_factory=Counter)
     occurrences: Counter[str] = field(default_factory=Counter)
-    measured: bool = False  # whether the risk comes from the sense model
+    measured: bool = False  # whether the risk is the sense model's
     missed: bool = False  # whether the table is longer than what was read
 
 
@@ -126,7 +126,7 @@ def tags(shards: ShardSet) -> Tags | None:
     pieces = read(shards, "tags.parquet")
     if pieces is None:
         return None
-    result, several = Tags(), []
+    result, several = Tags(measured=shards.manifest.get("parameters", {}).get("senses") == "evidence"), []
     for row in _rows(pieces):
         kind = row["reason"] or (SEVERAL if len(row["synsets"]) > 1 else ONE)
         result.distinct[kind] += 1
@@ -136,11 +136,10 @@ def tags(shards: ShardSet) -> Tags | None:
             if len(listed) < 2 * TAGS:  # the most frequent come first
                 listed.append((row["tag"], row["occurrences"]))
         elif kind == SEVERAL:
-            several.append(_tag(row))
+            several.append(_tag(row, result.measured))
             if len(several) > 100 * TAGS:
                 several = _riskiest(several)
     result.risky = _riskiest(several)
-    result.measured = any(tag.confidence is not None for tag in result.risky)
     result.words = {ONE: ONE, SEVERAL: SEVERAL} | {
         code: TAG_REASONS.get(code, code.replace("_", " ")) for code in result.distinct if code not in (ONE, SEVERAL)
     }
@@ -148,9 +147,9 @@ def tags(shards: ShardSet) -> Tags | None:
     return result
 
 
-def _tag(row: dict[str, Any]) -> Tag:
+def _tag(row: dict[str, Any], measured: bool) -> Tag:
     chosen = sorted(zip(row["synsets"], row["chosen"], strict=False), key=lambda item: -item[1])
-    confidence = row["confidence"]
+    confidence = row["confidence"] if measured else None
     doubt = 1 - confidence if confidence is not None else 1 - 1 / len(row["synsets"])
     return Tag(
         row["tag"],
@@ -158,12 +157,12 @@ def _tag(row: dict[str, Any]) -> Tag:
         [(name, number) for name, number in chosen if number],
         len(row["synsets"]),
         confidence,
-        row["occurrences"] * doubt,
+        doubt * min(row["occurrences"], sum(row["chosen"])),  # what got no sense got no wrong one
     )
 
 
 def _riskiest(several: list[Tag]) -> list[Tag]:
-    return sorted(several, key=lambda tag: (-tag.at_risk, tag.name))[:TAGS]
+    return sorted(several, key=lambda tag: (-tag.at_risk, -tag.occurrences, tag.name))[:TAGS]
 
 
 # ---------------------------------------------------------------------------------------------------------- duplicates

@@ -2,15 +2,16 @@
 
 from typing import Final
 
-TEXT, PICTURE, KEY, COPY, EVALUATION, LABEL = (
+TEXT, PICTURE, KEY, COPY, EVALUATION, LABEL, TAKEN = (
     "with a text that can give a label",
     "with a usable picture",
     "one of each key",
     "without copies",
     "without evaluation pictures",
     "with a synset frequent enough",
+    "without what was taken down",
 )
-STEPS: Final = (TEXT, PICTURE, KEY, COPY, EVALUATION, LABEL)
+STEPS: Final = (TEXT, PICTURE, KEY, COPY, EVALUATION, LABEL, TAKEN)
 
 _TEXT: Final = {
     "no_caption": "no caption and no hashtags",
@@ -33,11 +34,17 @@ _PICTURE: Final = {
     "undecodable": "the picture cannot be decoded",
     "truncated": "the picture ends too early",
     "too_small": "the picture is too small",
+    "too_elongated": "the picture is too long for its width",
     "too_many_pixels": "the picture has too many pixels",
+    "too_many_scans": "the picture has scans without end",
+    "unsupported_pixels": "pixels of a kind that no reader knows",
     "too_many_bytes": "the file is too large",
     "unreadable_file": "the file cannot be read",
     "bad_key": "the name cannot be a key",
-    "killed_worker": "reading it ended the process",
+    "missing_file": "the file named for it is not there",
+    "killed_worker": "reading it ended the process, again and again",
+    "timed_out": "reading it took too long, again and again",
+    "out_of_memory": "reading it took too much memory, again and again",
 }
 _BY_STEP: Final = {
     TEXT: _TEXT,
@@ -46,6 +53,7 @@ _BY_STEP: Final = {
     COPY: {"exact_duplicate": "the same picture as another", "near_duplicate": "nearly the same picture as another"},
     EVALUATION: {"evaluation_image": "a picture of an evaluation set"},
     LABEL: {"below_min_count": "its synsets name too few pictures"},
+    TAKEN: {"taken_down": "taken down on request"},
 }
 REASONS: Final = {code: words for reasons in _BY_STEP.values() for code, words in reasons.items()}
 

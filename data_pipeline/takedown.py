@@ -23,17 +23,22 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline import images, shardset, vocabulary
 from data_pipeline.errors import DataError, UsageError
-from data_pipeline.files import sha256_bytes, sha256_file, sync_folder, write_bytes
+from data_pipeline.files import atomic_write, sha256_bytes, sha256_file, sync_folder, write_bytes
 from data_pipeline.lookup import Lookup, Place, base_key
 from data_pipeline.shardset import Sample, ShardSet
+from data_pipeline.summary import Printer, clean
 from data_pipeline.tombstones import NAME, Tombstone, as_lines, read_lines
 
 STAGE: Final = shardset.TAKEDOWN
 READY: Final = "ready.json"
+COPIES: Final = "duplicates.parquet"
+COPIES_AT_ONCE: Final = 10_000  # rows
+SHOWN: Final = 10  # names on the terminal
 MAX_DEPTH: Final = 4  # folders below --runs that are searched for runs
 
 
@@ -298,10 +303,30 @@ def _stage(shards: ShardSet, chosen: Mapping[int, set[int]], outcome: Outcome, k
     vocabulary.recount(path / "vocabulary.parquet", stage / "vocabulary.parquet", fewer)
     write_bytes(stage / NAME, as_lines(outcome.taken, known))
     files += ["vocabulary.parquet", NAME]
+    if _forget_copies(shards, {stone.key for stone in outcome.taken}, stage / COPIES):
+        files.append(COPIES)
     gone.append("report.html")
     manifest = _manifest(shards, entries, stage, pictures, outcome.labelled, labels, repeats)
     shardset.write_manifest(stage, manifest)
     write_bytes(stage / READY, json.dumps({"files": files, "gone": gone}).encode())
+
+
+def _forget_copies(shards: ShardSet, keys: Collection[str], output: Path) -> bool:
+    """The list of removed copies without the small pictures of what goes; False if it names none of them."""
+    if COPIES not in shards.manifest.get("files", {}):
+        return False
+    with pq.ParquetFile(shards.path / COPIES) as file:
+        named = (row for batch in file.iter_batches(columns=["key", "kept"]) for row in batch.to_pylist())
+        if not any(row["key"] in keys or row["kept"] in keys for row in named):
+            return False
+        with atomic_write(output) as target, pq.ParquetWriter(target, file.schema_arrow, compression="zstd") as writer:
+            for batch in file.iter_batches(COPIES_AT_ONCE):
+                rows = batch.to_pylist()
+                for row in rows:
+                    if row["key"] in keys or row["kept"] in keys:
+                        row |= {"picture": None, "kept_picture": None}
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=file.schema_arrow))
+    return True
 
 
 def _sample(shards: ShardSet, shard: int, row: int) -> Sample:
@@ -330,12 +355,13 @@ def _manifest(
     for name, number in (("kept", pictures), ("labelled", labelled), ("labels", labels)):
         counts[name] -= number
     resampling["samples_per_epoch"] -= repeats
+    changed = {name: sha256_file(stage / name) for name in (NAME, COPIES) if (stage / name).is_file()}
     return {
         **{name: value for name, value in old.items() if name not in ("format", "digest")},
         "samples": sum(entry["samples"] for entry in entries),
         "shards": entries,
         "vocabulary_sha256": sha256_file(stage / "vocabulary.parquet"),
-        "files": dict(sorted((old.get("files", {}) | {NAME: sha256_file(stage / NAME)}).items())),
+        "files": dict(sorted((old.get("files", {}) | changed).items())),
         "counts": counts,
         "resampling": resampling,
         "parents": [*old.get("parents", []), {"sha256": shards.sha256, "taken_down": pictures}],
@@ -433,3 +459,30 @@ def _steps(run: Path) -> int:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             return int(json.loads(line)["step"])
     return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- words
+
+
+def print_outcome(printer: Printer, path: Path, outcome: Outcome, dry_run: bool) -> None:
+    near = f", {outcome.near:,} of them found by their looks" if outcome.near else ""
+    labelled = "" if dry_run else f", {outcome.labelled:,} with labels"
+    printer.line(
+        f"{'would go' if dry_run else 'taken down'}: {len(outcome.taken):,} pictures ({outcome.samples:,} samples in "
+        f"{outcome.shards:,} shards{near}){labelled}"
+    )
+    for title, names in (("already taken down", outcome.already), ("not in the set", outcome.unknown)):
+        if names:
+            more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+            printer.line(f"{title}: {', '.join(map(clean, names[:SHOWN]))}{more}")
+    if dry_run:
+        for stone in outcome.taken[:SHOWN]:
+            printer.line(f"  {clean(stone.key)}")
+    rows = [(str(run.folder), run.stage, run.steps, run.set_sha256[:12]) for run in outcome.runs]
+    if rows:
+        printer.table("Runs that could draw them", ("run", "stage", "steps done", "set"), rows, right=(2,))
+    if outcome.taken and not dry_run:
+        printer.line(
+            f"sha256 of the set: {outcome.after}; the sources still hold the pictures: build with "
+            f"--tombstones {path / NAME} from now on. A run that began on the old set cannot be resumed on this one."
+        )

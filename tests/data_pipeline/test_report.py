@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import report_figures, schema
+from data_pipeline import report_figures, report_survey, schema
 from data_pipeline.__main__ import main
 from data_pipeline.errors import DataError
 from data_pipeline.files import sha256_file
 from data_pipeline.report import render, write_report
 from data_pipeline.shardset import ShardSet, write_manifest
+from data_pipeline.takedown import Wanted, takedown
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&\u202e #dog #snow"
 
@@ -56,11 +57,12 @@ def amend(folder: Path, tables: dict[str, pa.Table], **content: object) -> None:
 @pytest.fixture(scope="module")
 def built(make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built once; never changed."""
-    rows = make.rows(40)
+    rows = make.rows(20)  # few enough to be all shown
     rows[3]["caption"] = HOSTILE
     rows[4] |= {"source": "<b>shop</b>", "licence": "CC-BY-4.0", "language": "de"}
     rows += [
         {"key": "bad", "image": b"no picture", "caption": "#dog", "language": "en"},
+        {"key": "tiny", "image": make.picture(901, size=(4, 5)), "caption": "#dog", "language": "en"},
         {"key": "silent", "image": make.picture(900), "caption": "nothing to see", "language": "en"},
         {"key": "<i>odd</i>", "image": b"", "caption": "#snow", "language": "en"},
     ]
@@ -81,8 +83,9 @@ def page(text) -> Page:
 
 
 @pytest.fixture
-def shards(built, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
+def shards(built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy that a test may change; its figures, which take most of the time, are left out."""
+    monkeypatch.setattr(report_figures, "draw", lambda *_: report_figures.Picture("data:image/", "data:image/"))
     return shutil.copytree(built, tmp_path / "shards")
 
 
@@ -90,7 +93,7 @@ def test_the_page_counts_what_the_manifest_counts(built, page):
     manifest = ShardSet.open(built).manifest
     counts = manifest["counts"]
     way = page.section("way")
-    assert counts["read"] == 43
+    assert counts["read"] == 24
     assert re.search(rf"\bread {counts['read']} 100.0 %", way)
     assert re.search(rf"\bin the set {counts['kept']} ", way)
     assert re.search(rf"\bwith labels {counts['labelled']} ", way)
@@ -104,9 +107,9 @@ def test_the_page_counts_what_the_manifest_counts(built, page):
 
 def test_drops_come_with_examples(page):
     dropped = page.section("dropped")
-    assert "bad" in dropped
-    assert "silent" in dropped
-    assert "key source detail" in dropped
+    assert "unsupported_format bad" in dropped
+    assert "no_hashtags silent" in dropped
+    assert re.search(r"too_small key source detail tiny .*4 ?[x×] ?5", dropped)
 
 
 def test_nothing_that_strangers_wrote_becomes_markup(text, page):
@@ -169,7 +172,8 @@ def test_tags_at_risk_are_those_that_probably_got_a_wrong_sense(shards):
         tag("plain", 5000, [5000], None),
         tag("<b>zzz</b>", 700, [], None, "unmapped"),
     ]
-    amend(shards, {"tags.parquet": pa.Table.from_pylist(table, schema=schema.TAGS)})
+    weighed = pa.Table.from_pylist(table, schema=schema.TAGS)
+    amend(shards, {"tags.parquet": weighed}, parameters={"senses": "evidence"})
     tags = Page(render(ShardSet.open(shards))).section("tags")
     assert re.search(r"#torn 100 2 55 % 45 torn\.n\.01 60 torn\.n\.02 40 #sure 1,000 2 99 % 10 sure\.n\.01", tags)
     assert "#plain" not in tags
@@ -267,3 +271,61 @@ def test_text_that_is_no_text_can_be_shown(shards):
     """A lone surrogate in a json escape is valid JSON and no UTF-8."""
     amend(shards, {}, parameters={"note": json.loads('"\\ud800"')})
     assert "\N{REPLACEMENT CHARACTER}" in Page(write_report(shards).read_text("utf-8")).section("made")
+
+
+def test_places_of_samples_are_those_that_counting_gives(build, make):
+    shards = ShardSet.open(build(make.rows(23), "--samples-per-shard", 5)[1])
+    every = [(shard, row) for shard, size in enumerate(shards.shard_sizes) for row in range(size)]
+    assert list(report_survey.spread_samples(shards, 100)) == every
+    assert list(report_survey.spread_samples(shards, 7)) == [every[n * 23 // 7] for n in range(7)]
+    drawn = report_survey.draw_samples(shards, 9)
+    assert len(set(drawn)) == 9
+    assert set(drawn) <= set(every)
+    keys = {shards.index(shard)["key"][row].as_py(): (shard, row) for shard, row in every}
+    some = dict(list(keys.items())[3:20:4])
+    assert report_survey.find_keys(shards, [*some, "nobody"]) == some
+
+
+def test_a_large_set_is_read_in_part_and_the_page_says_so(build, make, monkeypatch: pytest.MonkeyPatch):
+    shards = ShardSet.open(build(make.rows(40), "--samples-per-shard", 5)[1])
+    whole = report_survey.survey(shards)
+    assert (whole.samples, whole.records, whole.is_whole) == (40, 40, True)
+    assert whole.images.tolist() == [entry.count for entry in shards.vocabulary]
+    monkeypatch.setattr(report_figures, "draw", lambda *_: report_figures.Picture("data:image/", "data:image/"))
+    monkeypatch.setattr(report_survey, "MAX_SHARDS", 2)
+    monkeypatch.setattr(report_survey, "MAX_RECORDS", 8)
+    part = report_survey.survey(shards)
+    assert (part.shards, part.samples, part.records, part.is_whole) == (2, 10, 8, False)
+    page = Page(render(shards))
+    assert "≈ come from 10 samples of 2 shards" in page.section("")
+    assert "From 8 samples, spread evenly" in page.section("sources")
+    for entry in shards.vocabulary:  # counted by the build, over all
+        assert f"{entry.synset} {entry.count} " in page.section("labels")
+
+
+def test_building_again_takes_the_page_of_the_old_set_away(build, make, run):
+    rows = make.rows(12)
+    folder = build(rows)[1]
+    assert run("report", folder).code == 0
+    build(rows[:6], "--overwrite")
+    assert not (folder / "report.html").exists()
+
+
+def test_what_was_taken_down_is_shown_nowhere(shards, run, make):
+    first, second = ShardSet.open(shards).index(0)["key"].to_pylist()[:2]
+    small = make.picture(7, kind="jpeg")
+    row = {"kind": "near", "distance": 2, "picture": small, "kept_picture": small}
+    table = [row | {"key": "copy1", "kept": first}, row | {"key": "copy2", "kept": second}]
+    amend(shards, {"duplicates.parquet": pa.Table.from_pylist(table)})
+    assert run("report", shards).code == 0
+    takedown(shards, Wanted(keys=[first]))
+    assert not (shards / "report.html").exists()
+    left = pq.read_table(shards / "duplicates.parquet").to_pylist()
+    assert [(row["key"], row["picture"], row["kept_picture"]) for row in left] == [
+        ("copy1", None, None),
+        ("copy2", small, small),
+    ]
+    page = Page(render(ShardSet.open(shards)))
+    assert first not in page.section("samples")
+    assert "taken down on request 1 " in page.section("way") + " "
+    assert "1 samples were taken out" in page.section("dropped")
