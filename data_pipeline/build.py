@@ -28,7 +28,7 @@ from data_pipeline.files import sha256_file, write_bytes
 from data_pipeline.job import Counts, Job, Records, Task, merge_counts, remove_temporary
 from data_pipeline.progress import progress
 from data_pipeline.resample import CAP, EPOCH_FACTOR, Repeats
-from data_pipeline.runners import Call, Runner
+from data_pipeline.runners import Call, Runner, run_surely
 from data_pipeline.sources import File, Input, Reading, Sources, discover, identity
 from data_pipeline.steps import Settings, Work, duplicates, verdicts
 from data_pipeline.steps.duplicates import Search
@@ -120,7 +120,7 @@ def check(shards: shardset.ShardSet, runner: Runner) -> list[str]:
     calls = [Call(shardset.verify_shard, (shards.path / "shards", entry)) for entry in entries]
     found: list[list[str]] = [[] for _ in entries]
     with progress("checking", len(entries), "shards") as counter:
-        for position, result in runner.run(calls):
+        for position, result in run_surely(runner, calls):
             found[position] = result
             counter.advance(1)
     return problems + [problem for result in found for problem in result]
