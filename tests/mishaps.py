@@ -4,12 +4,16 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from data_pipeline import watch
 from data_pipeline.job import LeftOut
+from data_pipeline.schema import SOURCE
 
 Mishaps = Mapping[int, str]  # record -> what befalls it
 
@@ -104,3 +108,28 @@ class Particular(Exception):
 
     def __init__(self, one: str, two: str) -> None:
         super().__init__(f"{one} and {two}")
+
+
+@dataclass(frozen=True)
+class DeadlyPiece:
+    """A piece of a source in which one row kills whoever reads it."""
+
+    images: tuple[bytes, ...]
+    deadly: int
+    mishap: str
+    first: int = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.images)
+
+    def part(self, start: int, stop: int) -> "DeadlyPiece":
+        return replace(self, images=self.images[start:stop], deadly=self.deadly - start, first=self.first + start)
+
+    def read(self) -> Iterator[pa.Table]:
+        for position, image in enumerate(self.images):
+            if position == self.deadly:
+                happen(self.mishap)
+            number = self.first + position
+            row = {"row": number, "key": f"k{number:03d}", "image": image, "caption": "#dog #snow", "source": "web"}
+            yield pa.Table.from_pylist([row], schema=SOURCE)

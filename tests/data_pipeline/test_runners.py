@@ -1,6 +1,8 @@
 """The same bytes on every runner, and Ray where it is installed (`pip install 'maws-open[cluster]'`)."""
 
 import importlib.util
+import io
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +10,13 @@ from pathlib import Path
 
 import mishaps
 import pytest
+from PIL import Image
 
+from data_pipeline import build
 from data_pipeline.job import Job, Records, Task
+from data_pipeline.runners.local import LocalRunner
+from data_pipeline.sources import Sources
+from data_pipeline.steps import Settings
 from data_pipeline.watch import Limits
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +53,47 @@ def test_without_ray_the_error_is_the_line_that_installs_it(run, corpus, tmp_pat
 def test_an_address_without_ray_is_refused(run, corpus, tmp_path):
     result = run("build", "--input", corpus, "--output", tmp_path / "shards", "--address", "auto")
     assert (result.code, "give --engine ray too" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize("mishap", ["segfault", "hang"])
+def test_a_build_loses_the_one_record_that_kills_who_reads_it(make, tmp_path, monkeypatch, mishap):
+    """Halved down to it: its key can never be read. It is named by its row, counted, and never tried again."""
+    pictures = tuple(make.picture(n) for n in range(12))
+    pieces = [mishaps.DeadlyPiece(pictures, 7, mishap), mishaps.DeadlyPiece(pictures[:1], 5, mishap, first=50)]
+    monkeypatch.setattr(build, "discover", lambda *_, **__: Sources(pieces, [], []))  # type: ignore[arg-type]
+    with LocalRunner(2, Limits(seconds=0.3)) as runner:
+        manifest, _ = build.build([tmp_path], tmp_path / "out", Settings(), runner)
+    counts = manifest["counts"]
+    reason = {"segfault": "killed_worker", "hang": "timed_out"}[mishap]
+    assert (counts["read"], counts["dropped"][reason]) == (13, 1)
+    assert counts["read"] == counts["kept"] + sum(counts["dropped"].values())
+    assert sorted(make.records(tmp_path / "out")) == sorted([f"k{n:03d}" for n in range(12) if n != 7] + ["k050"])
+    lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert [(one["position"], one["reason"]) for one in map(json.loads, lines)] == [(7, reason)]
+    assert "quarantine.jsonl" in manifest["files"]
+
+
+def test_a_picture_that_wants_more_memory_than_allowed_is_dropped_by_name(make, run, tmp_path):
+    rows = make.rows(6)
+    rows[4]["image"] = giant(9000)
+    file = make.parquet(tmp_path / "in.parquet", rows)
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    for output, workers in zip(outputs, (1, 2), strict=True):
+        limits = ("--worker-memory", 0.15, "--workers", workers)
+        assert run("build", "--input", file, "--output", output, *limits).code == 0
+    counts = json.loads((outputs[0] / "manifest.json").read_bytes())["counts"]
+    assert counts["dropped"]["out_of_memory"] == 1
+    assert sorted(make.records(outputs[0])) == [f"k{n:03d}" for n in range(6) if n != 4]
+    line = json.loads((outputs[0] / "quarantine.jsonl").read_text())
+    assert (line["key"], line["row"], line["reason"]) == ("k004", 4, "out_of_memory")
+    assert make.hashes(outputs[0]) == make.hashes(outputs[1])
+
+
+def giant(side: int) -> bytes:
+    """A sound picture, small as a file."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, "png")
+    return buffer.getvalue()
 
 
 @needs_ray
