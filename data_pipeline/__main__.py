@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m data_pipeline", description="Captioned pictures -> labels from hashtags -> shards.")
-    commands = parser.add_subparsers(required=True, metavar="build|inspect|report")
+    commands = parser.add_subparsers(required=True, metavar="build|inspect|explain|report|takedown")
     build = commands.add_parser(
         "build",
         allow_abbrev=False,
@@ -74,16 +74,14 @@ def _parser() -> Parser:
     )
     build.set_defaults(command=_build)
     add = build.add_argument
+    _add_sources(build)
+    add("--output", required=True, metavar="SHARDS", help="folder of the shard set, or a URL such as s3://bucket/set")
     add(
-        "--input",
-        nargs="+",
+        "--work-dir",
         type=Path,
-        required=True,
-        metavar="PATH",
-        help="folders and Parquet files. Parquet: columns image (bytes) and caption, if known key, language, source, "
-        "licence, hashtags. Folder: Parquet files, and images with a .txt caption of the same name",
+        metavar="FOLDER",
+        help="where a set for a URL is built before it is sent (default: below ~/.cache/maws-open)",
     )
-    add("--output", type=Path, required=True, metavar="SHARDS", help="folder of the shard set")
     add(
         "--min-count",
         default="auto",
@@ -121,10 +119,74 @@ def _parser() -> Parser:
     inspect.add_argument("shards", type=Path, metavar="SHARDS")
     inspect.add_argument("--top", type=_number(int, 1, 1000), default=15, metavar="N", help="labels from each end")
     inspect.add_argument("--workers", type=_number(int, 1, 1024), metavar="N", help="processes (default: one per CPU)")
+    _add_explain(commands.add_parser(
+        "explain", allow_abbrev=False, help="how a sample or a hashtag got its labels, or why it got none",
+        description="The way of a sample, or of a #hashtag, from caption to labels and repeat factor.",
+    ))  # fmt: skip
+    _add_takedown(commands.add_parser(
+        "takedown", allow_abbrev=False, help="take pictures out of a finished set, for good",
+        description="Take pictures out of a finished shard set, for good. Run again, a killed takedown continues.",
+    ))  # fmt: skip
     _add_report(commands.add_parser(
         "report", allow_abbrev=False, help="make the data page", description="One HTML page that shows a shard set."
     ))  # fmt: skip
     return parser
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="PATH",
+        help="folders of images with a .txt or .json caption beside each; Parquet and Arrow files with images; tars of "
+        "a webdataset; CSV, TSV and JSON lines that name images; what img2dataset wrote. 'shards/{00000..00127}.tar', "
+        "'photos/*.parquet' and s3://bucket/folder are names too; PATH::2.5 repeats its images 2.5 times as often",
+    )
+    add("--caption-column", metavar="NAME", help="default: caption, text, alt, alt_text or description, in any case")
+    add("--image-column", metavar="NAME", help="default: image, jpg, png, …; in CSV and JSON lines path, file_name, …")
+    add(
+        "--storage-options",
+        default="{}",
+        metavar="JSON",
+        help='for stores: \'{"endpoint_url": "http://…", "anon": true}\' (default: the environment, such as '
+        "AWS_ACCESS_KEY_ID); never written into the set",
+    )
+    add("--allow-http", action="store_true", help="fetch what is named by http:// and https:// (default: drop it)")
+    add(
+        "--hash-input",
+        action="store_true",
+        help="hash inputs of more than 1 GiB too, so that every change of them is noticed (default: names and sizes)",
+    )
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_explain)
+    parser.add_argument("shards", type=Path, metavar="SHARDS")
+    parser.add_argument("what", metavar="KEY|#TAG", help="a sample, also one that was dropped, or a hashtag")
+
+
+def _add_takedown(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_takedown)
+    add = parser.add_argument
+    add("shards", type=Path, metavar="SHARDS")
+    add("--keys", nargs="+", default=[], metavar="KEY", help="samples by key, their copies included")
+    add("--keys-file", type=Path, metavar="FILE", help="the same, one key a line")
+    add("--hashes", nargs="+", default=[], metavar="SHA256", help="pictures by the sha256 of their file as it came in")
+    add("--images", nargs="+", default=[], type=Path, metavar="FILE", help="pictures that look like these files")
+    add(
+        "--near",
+        type=_number(int, 0, 64),
+        metavar="BITS",
+        help="also what looks like them: perceptual hashes that differ in at most so many of 256 bits (12: smaller and "
+        "re-encoded copies)",
+    )
+    add("--reason", default="", metavar="TEXT", help="written into the tombstones")
+    add("--date", metavar="DATE", help="written into the tombstones; none is otherwise")
+    add("--runs", nargs="+", default=[], type=Path, metavar="FOLDER", help="name the runs in here that saw the set")
+    add("--dry-run", action="store_true", help="only say what would go")
 
 
 def _add_decisions(parser: argparse.ArgumentParser) -> None:
@@ -148,6 +210,13 @@ def _add_decisions(parser: argparse.ArgumentParser) -> None:
         metavar="CODE",
         help="whose nouns to look up after the English ones, in this order (fra jpn …): those of nltk's multilingual "
         "WordNet, which is got by python -m nltk.downloader omw-1.4",
+    )
+    add(
+        "--senses",
+        choices=("evidence", "first", "all", "unambiguous"),
+        default="evidence",
+        help="of a hashtag with several: the one that fits what stands around it (evidence, the default), the one "
+        "WordNet lists first, all of them, or none",
     )
     add(
         "--overrides",
@@ -368,11 +437,17 @@ def _check_resampling(options: argparse.Namespace) -> None:
         raise UsageError(f"--epoch-factor {factor:g}: it is from 1, and no image is repeated more than {CAP:g} times")
 
 
+def _is_url(text: str) -> bool:
+    return "://" in text and not text.startswith(("file://", "local://"))
+
+
 def _build(options: argparse.Namespace) -> int:
     _check_resampling(options)
     _check_duplicates(options)
     if options.vocabulary is not None and (options.vocabulary_size is not None or options.min_count != "auto"):
         raise UsageError("--vocabulary says which classes there are: leave out --vocabulary-size and --min-count")
+    if options.work_dir is not None and not _is_url(options.output):
+        raise UsageError("--work-dir is for an --output that is a URL: a folder holds its own work")
     if options.resize_side is not None and options.resize is None:
         raise UsageError("--resize-side is the side that --resize means: give --resize too, or leave it out")
     if options.min_count != "auto" and not (options.min_count.isdecimal() and int(options.min_count) > 0):
@@ -380,10 +455,16 @@ def _build(options: argparse.Namespace) -> int:
 
     from data_pipeline.build import build  # here: wrong flags are answered before pyarrow is loaded
     from data_pipeline.shardset import ShardSet
+    from data_pipeline.sources.location import local, storage_options
     from data_pipeline.steps import Settings
     from data_pipeline.summary import Printer, print_counts, print_labels
 
+    storage_options(options.storage_options)
     settings = Settings(
+        senses=options.senses,
+        caption_column=options.caption_column,
+        image_column=options.image_column,
+        allow_http=options.allow_http,
         min_count=options.min_count if options.min_count == "auto" else str(int(options.min_count)),
         keep_unlabelled=options.keep_unlabelled,
         resample=options.resample,
@@ -405,34 +486,76 @@ def _build(options: argparse.Namespace) -> int:
         max_pixels=options.max_pixels,
         max_aspect=options.max_aspect,
         max_bytes=options.max_bytes,
-        remove_duplicates=not options.keep_duplicates,
+        keep_duplicates=options.keep_duplicates,
         near_duplicates=None if options.keep_duplicates else options.near_duplicates,
         merge_captions=options.merge_captions,
-        evaluation_near=options.eval_near,
-        evaluation_action=options.eval_action or Settings.evaluation_action,
+        eval_near=options.eval_near,
+        eval_action=options.eval_action or Settings.eval_action,
         max_caption=options.max_caption,
     )
     start = time.monotonic()
+    given = {
+        "storage": options.storage_options,
+        "hash_input": options.hash_input,
+        "evaluation": options.exclude_eval,
+        "overwrite": options.overwrite,
+    }
+    output = local(options.output)
     with _runner(options) as runner:
-        manifest, made = build(
-            options.input,
-            options.output,
-            settings,
-            runner,
-            evaluation=options.exclude_eval,
-            overwrite=options.overwrite,
-        )
+        if output is None:
+            from data_pipeline.upload import build_to_url
+
+            manifest, made = build_to_url(
+                options.input, options.output, settings, runner, work_dir=options.work_dir, **given
+            )
+        else:
+            manifest, made = build(options.input, output, settings, runner, **given)
     printer = Printer()
     if not made:
         printer.line(f"{options.output} is up to date, nothing to do ({manifest['samples']:,} samples)")
         return 0
     print_counts(printer, manifest)
-    print_labels(printer, ShardSet.open(options.output).vocabulary, 5)
+    if output is not None:
+        print_labels(printer, ShardSet.open(output).vocabulary, 5)
+    look = "" if output is None else f"; look with: python -m data_pipeline inspect {output}"
     printer.line(
         f"{options.output}: {manifest['samples']:,} samples in {len(manifest['shards'])} shards, written and read back "
-        f"in {time.monotonic() - start:.1f} s; look with: python -m data_pipeline inspect {options.output}"
+        f"in {time.monotonic() - start:.1f} s{look}"
     )
     return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from data_pipeline.explain import explain
+    from data_pipeline.summary import Printer
+
+    explain(options.shards, options.what, Printer())
+    return 0
+
+
+def _takedown(options: argparse.Namespace) -> int:
+    keys = list(options.keys)
+    if options.keys_file is not None:
+        try:
+            keys += [line.strip() for line in options.keys_file.read_text("utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--keys-file {options.keys_file}: cannot read it ({error})") from None
+    if not (keys or options.hashes or options.images):
+        raise UsageError("say what is to go: --keys, --keys-file, --hashes or --images")
+
+    from data_pipeline.summary import Printer
+    from data_pipeline.takedown import Wanted, print_outcome, takedown
+
+    outcome = takedown(
+        options.shards,
+        Wanted(keys, options.hashes, options.images, options.near),
+        reason=options.reason,
+        date=options.date,
+        runs=options.runs,
+        dry_run=options.dry_run,
+    )
+    print_outcome(Printer(), options.shards, outcome, options.dry_run)
+    return DataError.exit_code if outcome.unknown and not outcome.samples else 0
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from typing import Any, Final
 import pyarrow.parquet as pq
 
 from data_pipeline import evaluation_sets, languages, shardset
-from data_pipeline.decisions import Decisions
+from data_pipeline.decisions import KEPT, Decisions, kept
 from data_pipeline.dedup import Limits
 from data_pipeline.errors import DataError
 from data_pipeline.evaluation_sets import EvaluationSet
@@ -48,7 +48,8 @@ WORTH_A_POOL: Final = 1 << 30  # bytes to hash: less is done before other proces
 SHOWN: Final = 10  # skipped files on the terminal
 TABLES: Final = ("vocabulary", "dropped", "tags", "evidence", "duplicates", "evaluation")
 OURS: Final = re.compile(
-    rf"manifest\.json|report\.html|({'|'.join(TABLES)})\.parquet|[a-z]+\.jsonl|shards|\.work|\.[a-z.]+\.\d+\.tmp"
+    rf"manifest\.json|report\.html|({'|'.join(TABLES)})\.parquet|{'|'.join(KEPT.values())}|[a-z]+\.jsonl|shards|\.work|"
+    r"\.[a-z_.]+\.\d+\.tmp"
 )
 WAYS_OUT: Final = "choose another --output, or replace it with --overwrite"
 
@@ -70,8 +71,7 @@ def build(
     partition_rows: int = PARTITION_ROWS,
 ) -> tuple[dict[str, Any], bool]:
     """The manifest, and whether there was anything to do. The rows per partition change the speed, not the bytes."""
-    reading = Reading(storage, settings.caption_column, settings.image_column, settings.allow_http)
-    sources = discover(inputs, output, reading)
+    sources = _discover(inputs, output, settings, storage)
     for name, why in sources.skipped[:SHOWN]:
         log.info("skipped %s: %s", clean(name), clean(why))
     if len(sources.skipped) > SHOWN:
@@ -113,6 +113,26 @@ def build(
     return shardset.read_manifest(output)[0], True
 
 
+def check_made_alike(
+    where: str,
+    manifest: dict[str, Any],
+    inputs: Sequence[str | Path],
+    work_dir: Path,
+    settings: Settings,
+    runner: Runner,
+    *,
+    storage: str = "{}",
+    hash_input: bool = False,
+    evaluation: Sequence[Path] = (),
+) -> None:
+    """DataError if the finished set at `where` was made of something else or otherwise."""
+    sources, sets = _discover(inputs, work_dir, settings, storage), evaluation_sets.find(evaluation)
+    decisions = Decisions.read(settings, work_dir)
+    made_from = _identity(sources, sets, settings, runner, hash_input) | {"decisions": decisions.hashes}
+    unknown = {"versions": manifest.get("versions"), "stamps": {}}
+    _check_same(where, manifest, made_from | unknown, "a finished shard set")
+
+
 def check(shards: shardset.ShardSet, runner: Runner) -> list[str]:
     """All problems of a finished set, its shards checked side by side."""
     problems = list(shardset.verify_tables(shards.path, shards.manifest))
@@ -127,6 +147,11 @@ def check(shards: shardset.ShardSet, runner: Runner) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------- what is there
+
+
+def _discover(inputs: Sequence[str | Path], output: Path, settings: Settings, storage: str) -> Sources:
+    reading = Reading(storage, settings.caption_column, settings.image_column, settings.allow_http)
+    return discover(inputs, output, reading)
 
 
 def _identity(
@@ -179,7 +204,7 @@ def _up_to_date(output: Path, identity: dict[str, Any], overwrite: bool) -> bool
     return True
 
 
-def _check_same(output: Path, old: dict[str, Any], new: dict[str, Any], what: str) -> None:
+def _check_same(output: Path | str, old: dict[str, Any], new: dict[str, Any], what: str) -> None:
     differences = list(_differences(old, new))
     if differences:
         raise DataError(f"--output {output} holds {what} made otherwise: {'; '.join(differences[:5])}; {WAYS_OUT}")
@@ -199,6 +224,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
             yield f"the input {path} is new"
         elif files_before[path] != files_after[path]:
             yield f"the input {path} has changed"
+    if old.get("evaluation_sets", []) != new["evaluation_sets"]:
+        yield "the evaluation sets of --exclude-eval are others"
     for path, stamp in new["stamps"].items():
         if old.get("stamps", {}).get(path, stamp) != stamp:  # only an unfinished build knows them
             yield f"the input {path} has other times or checksums than when the build started"
@@ -215,7 +242,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 def _remove(output: Path) -> None:
     """Take away a shard set or an unfinished one, but neither the lock nor files of others."""
     write_bytes(output / WORK / "job.json", b"{}")  # killed in here, it is an unfinished build of nothing
-    for name in ("manifest.json", *(f"{table}.parquet" for table in TABLES), "quarantine.jsonl", "report.html"):
+    tables = (f"{table}.parquet" for table in TABLES)
+    for name in ("manifest.json", *tables, *KEPT.values(), "quarantine.jsonl", "report.html"):
         (output / name).unlink(missing_ok=True)
     for path in (output / "shards", *(path for path in (output / WORK).iterdir() if path.is_dir())):
         if path.is_dir():
@@ -341,16 +369,16 @@ def _remove_duplicates(
     work: Work, settings: Settings, sets: Sequence[EvaluationSet], job: Job, partitions: int
 ) -> Counts:
     """Copies and evaluation images go into work.table("removed", partition), schema.REMOVED."""
-    if not settings.remove_duplicates and not sets:
+    if settings.keep_duplicates and not sets:
         return {}
     sizes = [pq.read_metadata(work.table("unique", partition)).num_rows for partition in range(partitions)]
-    near = settings.near_duplicates if settings.remove_duplicates else None
-    limits = Limits(*(-1 if limit is None else limit for limit in (near, settings.evaluation_near if sets else None)))
+    near = None if settings.keep_duplicates else settings.near_duplicates
+    limits = Limits(*(-1 if limit is None else limit for limit in (near, settings.eval_near if sets else None)))
     pieces = [(number, piece) for number, one in enumerate(sets) for piece in one.pieces]
     search = Search(
         limits,
-        remove_copies=settings.remove_duplicates,
-        remove_evaluation=settings.evaluation_action == "remove",
+        remove_copies=not settings.keep_duplicates,
+        remove_evaluation=settings.eval_action == "remove",
         merge_captions=settings.merge_captions,
         starts=(0, *itertools.accumulate(sizes)),
         sets=tuple(one.name for one in sets),
@@ -379,7 +407,7 @@ def _remove_duplicates(
 def _hand_over(work: Work, output: Path) -> dict[str, str]:
     """Tables that belong to the shard set beside the shards; their sha256 by name."""
     tables = (work.dropped, work.tags, work.evidence, work.duplicates, work.evaluation)
-    files = [path for path in (*tables, work.tombstones, work.quarantine) if path.is_file()]
+    files = [path for path in (*tables, *kept(work.folder), work.tombstones, work.quarantine) if path.is_file()]
     for path in files:
         write_bytes(output / path.name, path.read_bytes())
     return {path.name: sha256_file(output / path.name) for path in files}
@@ -414,6 +442,7 @@ def _resampling(settings: Settings, planned: Counts, samples: int) -> dict[str, 
         "threshold": planned["threshold"],
         "epoch_factor": (settings.epoch_factor or EPOCH_FACTOR) if solved else None,
         "cap": CAP,
+        "images": planned["labelled"],  # that f(h) is a share of
         "mean_repeat": planned["mean_repeat"],
         "samples_per_epoch": samples if settings.materialise else planned["samples_per_epoch"],
         "materialised": settings.materialise,

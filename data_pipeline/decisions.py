@@ -5,6 +5,7 @@ into its work folder, so that all its tasks go by the same text, and the manifes
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from data_pipeline import vocabulary
 from data_pipeline.errors import UsageError
@@ -78,6 +79,21 @@ class Decisions:
         """Where the tasks find them."""
         assert self._overrides is not None, "checked first"
         self._overrides.save(work.overrides)
-        for name, path in (("tombstones", work.tombstones), ("vocabulary", work.frozen)):
-            if name in self.files:
-                write_bytes(path, self.files[name][1])
+        places = {"tombstones": work.tombstones, "vocabulary": work.frozen}
+        for name, (_, data) in self.files.items():
+            write_bytes(places.get(name) or work.folder / KEPT[name], data)
+
+
+KEPT: Final = {"overrides": "overrides.yaml", "deny_list": "deny_list.yaml"}  # copies that stay with the shard set
+
+
+def kept(folder: Path) -> list[Path]:
+    """The copies in a folder, of a build or of a shard set."""
+    return [folder / name for name in KEPT.values() if (folder / name).is_file()]
+
+
+def read_again(folder: Path, deny: str, wordnet: WordNet) -> Overrides:
+    """The overrides of a finished shard set; `deny` is the choice its manifest names."""
+    own, shipped = (folder / name for name in KEPT.values())
+    choice = deny if deny in CHOICES else str(shipped)
+    return Overrides.load(own if own.is_file() else None, choice, wordnet, shipped)

@@ -69,6 +69,9 @@ class Overrides:
         reasons = [self.removed[sense] for sense in (left if visible else senses) if sense in self.removed]
         return (), FORBIDDEN if FORBIDDEN in reasons else next(iter(reasons), None)
 
+    def is_forced(self, tag: str) -> bool:
+        return squash(tag) in self.force
+
     def save(self, path: Path) -> None:
         facts = vars(self) | {"forbidden_tags": sorted(self.forbidden_tags)}
         write_bytes(path, json.dumps(facts, sort_keys=True).encode())
@@ -80,10 +83,10 @@ class Overrides:
         return Overrides(facts["force"], frozenset(facts["forbidden_tags"]), removed, merge, facts["sha256"])
 
     @staticmethod
-    def load(path: Path | None, deny: str, wordnet: WordNet) -> "Overrides":
-        """`path` is the user's file, `deny` one of CHOICES or a file like deny_list.yaml."""
+    def load(path: Path | None, deny: str, wordnet: WordNet, shipped: Path = DENY_LIST) -> "Overrides":
+        """`path` is the user's file, `deny` one of CHOICES (parts of `shipped`) or a file like it."""
         names = _names(wordnet)
-        removed = _denied(deny, names)
+        removed = _denied(deny, shipped, names)
         found = _Own.read(path, names) if path is not None else _Own({}, set(), set(), {})
         for row in found.forbidden:
             removed[row] = FORBIDDEN
@@ -196,13 +199,13 @@ def _resolve(merge: Mapping[int, tuple[int, int]], path: Path | None, names: _Na
 # ----------------------------------------------------------------------------------------------------------- deny-list
 
 
-def _denied(deny: str, names: _Names) -> dict[int, str]:
+def _denied(deny: str, shipped: Path, names: _Names) -> dict[int, str]:
     """Synsets that are no class, and which part of the list says so; `sensitive` is named first."""
     if deny == "none":
         return {}
     if deny not in CHOICES and not Path(deny).is_file():
         raise UsageError(f"--deny-list {deny!r}: neither {', '.join(CHOICES)} nor a file")
-    path = DENY_LIST if deny in CHOICES else Path(deny)
+    path = shipped if deny in CHOICES else Path(deny)
     parts = {"non-visual": ["non_visual"], "sensitive": ["sensitive"]}.get(deny, list(PARTS))
     removed: dict[int, str] = {}
     found = dict(_read_deny_list(path, names))
