@@ -12,21 +12,19 @@ import functools
 import itertools
 import logging
 import os
-import re
-import zipfile
-import zlib
-from collections import Counter
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline import languages
+from data_pipeline import dictionary, languages
+from data_pipeline.dictionary import SEPARATORS, squash
 from data_pipeline.errors import DataError
 from data_pipeline.files import atomic_write, sha256_bytes
 
@@ -35,27 +33,6 @@ log = logging.getLogger(__name__)
 ARCHIVE: Final = Path(__file__).parent / "wordnet30" / "corpora" / "wordnet.zip"
 TABLE_VERSION: Final = 3  # raise when the tables below are made differently
 
-SYNSETS_SCHEMA: Final = pa.schema(
-    [
-        ("synset", pa.string()),
-        ("wnid", pa.string()),
-        ("lemmas", pa.list_(pa.string())),
-        ("gloss", pa.string()),
-        ("examples", pa.list_(pa.string())),
-        ("lexname", pa.string()),  # the lexicographers' file: noun.animal, noun.artifact, … (26 of them)
-        ("hypernyms", pa.list_(pa.int32())),  # rows of this table; of instances too: rhine.n.01 -> river.n.01
-    ]
-)
-LEMMAS_SCHEMA: Final = pa.schema(
-    [
-        ("squashed", pa.string()),
-        ("lemmas", pa.list_(pa.string())),  # spellings that squash to it: hot_dog, hotdog
-        ("synsets", pa.list_(pa.int32())),  # rows of the synset table, in sense order
-        ("uses", pa.list_(pa.int32())),  # of each in the texts that WordNet's makers tagged by hand; most have none
-    ]
-)
-EXCEPTIONS_SCHEMA: Final = pa.schema([("plural", pa.string()), ("singular", pa.string())])
-
 # WordNet's rules of detachment for nouns (morphy(7WN)): the first that gives a lemma holds.
 DETACHMENTS: Final = (
     ("ches", "ch"), ("shes", "sh"), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ves", "f"), ("ies", "y"),
@@ -63,8 +40,17 @@ DETACHMENTS: Final = (
 )  # fmt: skip
 MIN_SINGULAR: Final = 3  # letters; ours: #ups and #abs are not plurals of two-letter nouns
 
-_EXAMPLES: Final = re.compile('[;:] *"')  # where they begin
-_SEPARATORS: Final = re.compile(r"[_\-'./ ]")
+# WordNet is ASCII. English nouns that are also written with accents, and cities; ours. A list rather than a rule: to
+# take accents away would make Montana of the Spanish montaña and fur of the German für.
+ACCENTED: Final = """
+aïoli ångström appliqué attaché béchamel bêtenoire bouclé café château chèvre cliché communiqué consommé coupdétat
+crèmebrûlée crèmecaramel crèmedecacao crèmedementhe crêpe crudités débutante décor déjàvu derrière divorcée doppelgänger
+éclair élan élite elniño émigré entrée épée étagère façade fête fiancé fiancée gruyère habitué ingénue jalapeño
+lämmergeier lycée macramé mêlée moiré naïveté négligée noël papiermâché pâté pâtisserie pietà piñacolada piñata protégé
+purée raisondêtre résumé séance señor señora señorita smörgåsbord soirée soufflé têteàtête velouté vicuña
+asunción bogotá brasília cádiz canadá cancún curaçao düsseldorf gdańsk göteborg köln málaga malmö medellín méxico
+montréal panamá perú québec reykjavík sãopaulo yucatán zürich
+"""
 
 
 @dataclass(frozen=True)
@@ -76,9 +62,9 @@ class Synset:
     lexname: str
 
 
-def squash(lemma: str) -> str:
-    """The form in which a noun appears as a hashtag: no separators, case folded."""
-    return _SEPARATORS.sub("", lemma).casefold()
+def _plain(word: str) -> str:
+    """Without accents."""
+    return "".join(char for char in unicodedata.normalize("NFD", word) if not unicodedata.combining(char))
 
 
 class WordNet:
@@ -95,7 +81,8 @@ class WordNet:
 
     @functools.cached_property
     def _rows(self) -> dict[str, int]:
-        return {squashed: row for row, squashed in enumerate(self.lemmas["squashed"].to_pylist())}
+        rows = {squashed: row for row, squashed in enumerate(self.lemmas["squashed"].to_pylist())}
+        return rows | {word: rows[_plain(word)] for word in ACCENTED.split()}
 
     @functools.cached_property
     def _singulars(self) -> dict[str, list[str]]:
@@ -181,7 +168,7 @@ class WordNet:
     def _ends_in_word(self, squashed: str, word: str) -> bool:
         row = self._rows.get(squashed)
         return row is not None and any(
-            squash(_SEPARATORS.split(lemma)[-1]) == word for lemma in self.lemmas["lemmas"][row].as_py()
+            squash(SEPARATORS.split(lemma)[-1]) == word for lemma in self.lemmas["lemmas"][row].as_py()
         )
 
     def save(self, folder: Path) -> None:
@@ -204,9 +191,9 @@ class WordNet:
 
 
 _TABLES: Final = {
-    "synsets": SYNSETS_SCHEMA,
-    "lemmas": LEMMAS_SCHEMA,
-    "exceptions": EXCEPTIONS_SCHEMA,
+    "synsets": dictionary.SYNSETS,
+    "lemmas": dictionary.LEMMAS,
+    "exceptions": dictionary.EXCEPTIONS,
     "translations": languages.SCHEMA,
 }
 
@@ -247,84 +234,4 @@ def cache_folder() -> Path:
 
 
 def build(archive: Path) -> WordNet:
-    try:
-        with zipfile.ZipFile(archive) as file:
-            names = ("data.noun", "index.noun", "noun.exc", "cntlist.rev", "lexnames")
-            texts = [file.read(f"wordnet/{name}").decode() for name in names]
-    except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"cannot read {archive} ({error}); install the package again") from None
-    data, index, exceptions, uses, lexnames = (
-        [line for line in text.splitlines() if not line.startswith(" ")]
-        for text in texts  # without the licence
-    )
-    offsets = [int(line[:8]) for line in data]
-    rows = {offset: row for row, offset in enumerate(offsets)}
-    senses = {name: [rows[offset] for offset in found] for name, found in map(_index_entry, index)}
-    synsets = [_data_entry(line, rows, senses, [line.split()[1] for line in lexnames]) for line in data]
-    pairs = [(plural, singular) for plural, *rest in map(str.split, exceptions) for singular in rest]
-    return WordNet(
-        pa.Table.from_pylist(synsets, schema=SYNSETS_SCHEMA),
-        pa.Table.from_pylist(_squashed(senses, _uses(uses)), schema=LEMMAS_SCHEMA),
-        pa.table(
-            {"plural": [squash(a) for a, _ in pairs], "singular": [squash(b) for _, b in pairs]}, EXCEPTIONS_SCHEMA
-        ),
-    )
-
-
-# The lines of Princeton's files, wndb(5WN). Offsets are bytes of data.noun and, as wnid, the ids of ImageNet.
-
-
-def _index_entry(line: str) -> tuple[str, list[int]]:
-    """lemma pos synset_cnt p_cnt [ptr_symbol...] sense_cnt tagsense_cnt synset_offset..., in sense order."""
-    words = line.split()
-    return words[0], [int(word) for word in words[-int(words[2]) :]]
-
-
-def _data_entry(line: str, rows: dict[int, int], senses: dict[str, list[int]], lexnames: list[str]) -> dict[str, Any]:
-    """offset lex_filenum ss_type w_cnt [word lex_id...] p_cnt [symbol offset pos source/target...] | gloss"""
-    fields, _, text = line.partition(" | ")
-    words = fields.split()
-    pointers = 4 + 2 * int(words[3], 16)
-    lemmas = words[4:pointers:2]
-    first, row = lemmas[0].lower(), rows[int(words[0])]
-    gloss, examples = _gloss(text)
-    return {
-        "synset": f"{first}.n.{senses[first].index(row) + 1:02d}",
-        "wnid": f"n{words[0]}",
-        "lemmas": lemmas,
-        "gloss": gloss,
-        "examples": examples,
-        "lexname": lexnames[int(words[1])],
-        "hypernyms": [
-            rows[int(offset)]
-            for symbol, offset in zip(words[pointers + 1 :: 4], words[pointers + 2 :: 4], strict=False)
-            if symbol in ("@", "@i")
-        ],
-    }
-
-
-def _gloss(text: str) -> tuple[str, list[str]]:
-    """The definition; "and the examples"; "that follow it"."""
-    definition, *rest = _EXAMPLES.split(text.strip(), 1)
-    return definition.strip("; "), re.findall('"([^"]+)', '"' + rest[0])[::2] if rest else []
-
-
-def _uses(lines: list[str]) -> dict[tuple[str, int], int]:
-    """sense_key sense_number tag_cnt, a key being lemma%..."""
-    words = map(str.split, lines)
-    return {(key.partition("%")[0], int(number) - 1): int(count) for key, number, count in words}
-
-
-def _squashed(senses: dict[str, list[int]], uses: dict[tuple[str, int], int]) -> list[dict[str, Any]]:
-    """Lemmas that are one hashtag, in one row: hotdog before hot_dog."""
-    spellings: dict[str, list[str]] = {}
-    for lemma in sorted(senses, key=lambda name: (len(name), name)):
-        if squashed := squash(lemma):
-            spellings.setdefault(squashed, []).append(lemma)
-    entries = []
-    for squashed, names in sorted(spellings.items()):
-        counts: Counter[int] = Counter()
-        for name in names:
-            counts.update({row: uses.get((name, number), 0) for number, row in enumerate(senses[name])})
-        entries.append({"squashed": squashed, "lemmas": names, "synsets": list(counts), "uses": list(counts.values())})
-    return entries
+    return WordNet(*dictionary.read(archive))
