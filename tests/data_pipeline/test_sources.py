@@ -36,6 +36,8 @@ def test_pictures_without_caption_are_kept_when_asked(build, make, tmp_path):
 
 def test_two_folders_may_hold_the_same_names(run, make, tmp_path):
     folders = [make.folder(tmp_path / name, 3) for name in ("one", "two")]
+    for n in range(3):
+        (folders[1] / f"photo0{n}.png").write_bytes(make.picture(2000 + n))
     assert run("build", "--input", *folders, "--output", tmp_path / "shards", "--workers", 1).code == 0
     assert set(make.records(tmp_path / "shards")) == {f"{name}/photo0{n}" for name in ("one", "two") for n in range(3)}
 
