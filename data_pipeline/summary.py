@@ -13,6 +13,12 @@ from rich.text import Text
 from data_pipeline.shardset import ShardSet, VocabularyEntry
 
 REPEAT_EDGES: Final = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
+SENSES: Final = {
+    "evidence": "each took the one that fits what stands around it",
+    "first": "each took the one WordNet lists first",
+    "all": "each took all of them",
+    "unambiguous": "each took none",
+}
 PLAIN_WIDTH: Final = 120  # columns, where there is no terminal to ask
 BAR: Final = 30  # characters of the longest bar
 
@@ -69,9 +75,14 @@ def print_counts(printer: Printer, manifest: dict[str, Any]) -> None:
         ("samples per epoch", round(resampling["samples_per_epoch"]), "after resampling"),
         ("shards", len(manifest["shards"]), format_bytes(sum(shard["bytes"] for shard in manifest["shards"]))),
         ("other files", len(manifest["skipped_inputs"]), "of the input, skipped: no captioned images"),
-        ("hashtags", counts["hashtags"], "on all captions read"),
-        ("  nouns of WordNet", counts["mapped_hashtags"], share(counts["mapped_hashtags"], counts["hashtags"])),
-        ("  with several senses", counts["ambiguous_hashtags"], "took the first"),
+        ("hashtags", counts["hashtags"], "on images that are not copies"),
+        ("  given a synset", counts["mapped_hashtags"], share(counts["mapped_hashtags"], counts["hashtags"])),
+        (
+            "  with several senses",
+            counts["ambiguous_hashtags"],
+            SENSES[manifest["parameters"].get("senses", "first")],
+        ),
+        ("  denied", counts.get("denied_hashtags", 0), "by the deny-list or overrides"),
         ("  unmapped", counts["unmapped_hashtags"], share(counts["unmapped_hashtags"], counts["hashtags"])),
     ]
     printer.table("Shard set", ("", "", ""), overview, right=(1,))
