@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from eval import base
+    from eval import base, contamination
     from eval.datasets import open_data
     from eval.features import open_encoder
 
@@ -98,10 +98,12 @@ def evaluate(args: argparse.Namespace) -> int:
             f"stages with a text tower: {', '.join(WITH_TEXT)} (maws/train.py --stage lit --init-from {args.run})"
         )
     evaluators = [entry.make(entry.config, data, args.seed) for entry in entries]  # files are read before any work
+    found = contamination.look_up(args.run, data.test)
     table: list[tuple[str, base.Score]] = []
     for entry, evaluator in zip(entries, evaluators, strict=True):
-        table += [(entry.name, score) for score in keep(entry, evaluator, encode, data, output, args)]
+        table += [(entry.name, score) for score in keep(entry, evaluator, encode, data, found, output, args)]
     show(table, len(data.classes))
+    print(contamination.sentence(found))
     print(f"results: {output}")
     return 0
 
@@ -153,7 +155,13 @@ def describe(encode: "Encoder", data: "Data", device: "torch.device") -> None:
 
 
 def keep(
-    entry: "Entry", evaluator: "Evaluator", encode: "Encoder", data: "Data", output: Path, args: argparse.Namespace
+    entry: "Entry",
+    evaluator: "Evaluator",
+    encode: "Encoder",
+    data: "Data",
+    contamination: dict[str, Any],
+    output: Path,
+    args: argparse.Namespace,
 ) -> "list[Score]":
     """Run one evaluator; every score is in the results file as soon as it is known."""
     from data_pipeline.files import write_bytes
@@ -166,7 +174,8 @@ def keep(
         if isinstance(item, File):
             write_bytes(output.parent / item.name, item.text.encode())
             continue
-        append(output, [as_result(entry, item, config, encode, data, args)])
+        result = as_result(entry, item, config, encode, data, args)
+        append(output, [replace(result, contamination=contamination)])
         scores.append(item)
     return scores
 

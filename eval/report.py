@@ -23,7 +23,7 @@ from markupsafe import Markup
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.files import write_bytes
 from data_pipeline.shardset import ShardSet
-from eval import figures, report_samples
+from eval import contamination, figures, report_samples
 from eval.report_runs import Folder, Run, open_shards, read_folder
 from eval.report_scores import DRAWS, IMAGES, SEEDS, STAGE_NAMES, Row, ScoreTable, score_table, verdict
 from eval.results import Result
@@ -93,6 +93,7 @@ def render(path: Path) -> str:
         table=table,
         colours=figures.colours(table.columns),
         verdict=verdict(table, _wsp_steps(folder)) if table.rows else None,
+        contamination=contamination.sentences(folder.results),
         over={SEEDS: "", DRAWS: "d", IMAGES: "i"},
         score_plot=_score_plot(table, path),
         loss=_loss(folder, path),

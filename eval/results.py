@@ -1,14 +1,15 @@
 """results.jsonl: one JSON object per score, only ever appended to; tables and the report are made from it.
 
 {"run": "runs/demo/mae_wsp", "evaluator": "lowshot", "metric": "5-shot/vpt/top1", "value": 0.41, "n": 362, "seed": 3,
- "config": {…}, "hashes": {"weights": …, "train": …, "data": …}, "lineage": ["mae", "wsp"], "time": "2026-…"}
+ "config": {…}, "hashes": {"weights": …, "train": …, "data": …}, "lineage": ["mae", "wsp"], "time": "2026-…",
+ "contamination": {"status": "checked", "pictures": 362, "exact": 0, "near": 0, …}}
 """
 
 import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Result:
     hashes: dict[str, str]
     lineage: list[str]
     time: str  # ISO 8601, UTC
+    contamination: dict[str, Any] = field(default_factory=dict)  # see contamination.py; older lines have none
 
 
 def append(path: Path, results: Iterable[Result]) -> None:

@@ -63,11 +63,11 @@ class Settings:
     max_aspect: float = Limits.max_aspect
     max_bytes: int = Limits.max_bytes
     # duplicates
-    remove_duplicates: bool = True
+    keep_duplicates: bool = False
     near_duplicates: int | None = 14  # bits between hashes; None: only equal bytes are duplicates
     merge_captions: bool = False
-    evaluation_near: int | None = 14  # the same for copies of evaluation images
-    evaluation_action: str = "remove"  # or report
+    eval_near: int | None = 14  # the same for copies of evaluation images
+    eval_action: str = "remove"  # or report
     # shards
     samples_per_shard: int = 1000
 
