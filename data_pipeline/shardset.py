@@ -293,6 +293,11 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
             )
         raise DataError(f"{path} is not a shard set: it has no manifest.json")
     data = file.read_bytes()
+    return parse_manifest(data, str(file)), sha256_bytes(data)
+
+
+def parse_manifest(data: bytes, file: str) -> dict[str, Any]:
+    """The manifest that `file` holds, if it is as it was written."""
     try:
         manifest = json.loads(data)
         number = manifest["format"]
@@ -302,7 +307,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
         raise DataError(f"{file} has format {number!r}, this version reads up to {FORMAT}; update the software")
     if manifest_bytes(manifest) != data:
         raise DataError(f"{file} was changed after it was written: its digest does not fit; build the shard set again")
-    return manifest, sha256_bytes(data)
+    return manifest
 
 
 def verify_tables(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
