@@ -66,7 +66,9 @@ def _hash(inputs: Sequence[Input], runner: Runner) -> list[list[str]]:
     calls = [Call(hash_files, (paths[n : n + FILES_PER_CALL],)) for n in range(0, len(paths), FILES_PER_CALL)]
     found: list[list[str]] = [[] for _ in calls]
     size = sum(file.size for one in inputs for file in one.files)
-    results = run_surely(runner, calls) if size > WORTH_A_POOL else ((number, call()) for number, call in enumerate(calls))
+    results = (
+        run_surely(runner, calls) if size > WORTH_A_POOL else ((number, call()) for number, call in enumerate(calls))
+    )
     with progress("hashing the input", len(paths), "files") as counter:
         for position, result in results:
             found[position] = result

@@ -51,28 +51,28 @@ def members(
     stream: BinaryIO = file
     file.seek(0)
     packed = is_gzip(file.read(2))
-    file.seek(0)
+    end = None if packed else file.seek(0, 2)
+    file.seek(0 if packed else start)
     if packed:
+        assert start == 0, "what is packed can only be read from its beginning"
         stream = gzip.GzipFile(fileobj=file)  # pyright: ignore[reportAssignmentType]
-    elif start:
-        file.seek(start)
-    position = 0 if packed else start
+    source = _Source(stream, start, end)
     try:
-        if packed:
-            _skip(stream, start, seekable=False)
-            position = start
-        yield from _read(_Source(stream, position, seekable=not packed), limit, stop, data)
+        yield from _read(source, limit, stop, data)
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        yield Member("", position, 0, None, "damaged_tar")
+        yield Member("", source.position, 0, None, "damaged_tar")
 
 
 class _Source:
     """Counts what was read, so that members know where they lie."""
 
-    def __init__(self, file: BinaryIO, position: int, *, seekable: bool) -> None:
-        self.file, self.position, self.seekable = file, position, seekable
+    def __init__(self, file: BinaryIO, position: int, end: int | None) -> None:
+        self.file, self.position, self.end = file, position, end  # the end is unknown where one cannot seek
 
     def read(self, size: int) -> bytes:
+        if self.end is not None and self.position + size > self.end:
+            self.position = self.file.seek(self.end)
+            raise _EndsHereError("truncated_tar")
         parts: list[bytes] = []
         left = size
         while left:
@@ -96,22 +96,14 @@ class _Source:
         return block
 
     def skip(self, size: int) -> None:
-        if size:
-            _skip(self.file, size, seekable=self.seekable)
-            self.position += size
-
-
-def _skip(file: BinaryIO, size: int, *, seekable: bool) -> None:
-    if seekable:
-        file.seek(size - 1, 1)
-        if not file.read(1):  # a seek past the end says nothing
+        if self.end is None:
+            for place in range(0, size, SKIP):
+                self.read(min(SKIP, size - place))
+            return
+        if self.position + size > self.end:  # a seek past the end says nothing
+            self.position = self.file.seek(self.end)
             raise _EndsHereError("truncated_tar")
-        return
-    while size:
-        part = file.read(min(size, SKIP))
-        if not part:
-            raise _EndsHereError("truncated_tar")
-        size -= len(part)
+        self.position = self.file.seek(self.position + size) if size else self.position
 
 
 def _read(source: _Source, limit: int, stop: int | None, wanted: bool) -> Iterator[Member]:
