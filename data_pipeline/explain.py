@@ -25,7 +25,7 @@ from data_pipeline.shardset import ShardSet, VocabularyEntry
 from data_pipeline.summary import Printer
 from data_pipeline.synsets import TagTable
 from data_pipeline.tombstones import NAME, read_lines
-from data_pipeline.wordnet import WordNet, open_wordnet
+from data_pipeline.wordnet import WordNet, open_wordnet, squash
 
 TERMS: Final = 3  # that say most for a sense
 WORDS: Final = {  # reasons of drops, for people; reasons without an entry stand as they are
@@ -50,11 +50,11 @@ def explain(path: Path, what: str, printer: Printer) -> None:
     """Raises UsageError for a key that the set never saw, with keys that look like it."""
     shards = ShardSet.open(path)
     if what.startswith("#"):
-        _Words(shards, printer).tag(what)
+        Words(shards, printer).tag(what)
         return
     places = Lookup(shards).find(what)
     if places:
-        _Words(shards, printer).sample(places)
+        Words(shards, printer).sample(places)
     elif not (_taken_down(path, what, printer) | _dropped(path, what, printer)):
         near = Lookup(shards).nearest(what)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
@@ -96,7 +96,7 @@ class _Sense:
     chosen: bool
 
 
-class _Words:
+class Words:
     """A shard set with all that decided about its labels."""
 
     def __init__(self, shards: ShardSet, printer: Printer) -> None:
@@ -214,6 +214,9 @@ class _Words:
                 f"The set differs about {', '.join(again)}: other software made it, or copies of "
                 "this picture gave it more hashtags.\n"
             )
+        if not names:
+            self.printer.line("It has no labels: none of its hashtags names a noun that may be a class.\n")
+            return
         images, repeats = self._repeats()
         rows = []
         for name in names:
@@ -263,12 +266,15 @@ class _Words:
         facts: list[tuple[str, object]] = [
             ("uses", f"{used:,} in this corpus"),
             ("policy", self.policy),
-            ("read as", ", ".join(self.wordnet.synset(row).lemmas[0] for row in self.wordnet.senses(tag)[:1]) or "-"),
         ]
+        if (lemma := self.wordnet.lemma(tag)) is not None and lemma != squash(tag):
+            facts.append(("read as", f"the plural of {lemma}"))
         if not senses:
             facts.append(("dropped", f"{reason}: {WORDS.get(reason or '', '')}"))
         elif self.overrides.is_forced(tag):
             facts.append(("forced", f"to {self._name(senses[0])} by the overrides"))
+        if statistics and senses and (left := used - sum(statistics["chosen"])) and self.policy != "all":
+            facts.append(("left out", f"{left:,} uses where a sense that is no class is the likeliest, or none"))
         if statistics and statistics["confidence"] is not None:
             facts.append(("confidence", f"{statistics['confidence']:.0%}, mean probability of the chosen sense"))
         self.printer.table(f"Hashtag #{tag}", ("", ""), facts)

@@ -68,7 +68,7 @@ def print_counts(printer: Printer, manifest: dict[str, Any]) -> None:
         (
             "classes",
             manifest["classes"],
-            f"synsets of at least {counts['min_count']} images, of {counts['synsets']:,} named",
+            _classes(counts),
         ),
         ("labels per image", f"{counts['labels'] / labelled:.2f}" if labelled else "-", "mean over images with labels"),
         ("mean repeat", f"{resampling['mean_repeat']:.3f}", f"{resampling['method']}, {_threshold(resampling)}"),
@@ -97,7 +97,8 @@ def print_labels(printer: Printer, vocabulary: list[VocabularyEntry], top: int) 
     """Head and tail of the label histogram."""
     if not vocabulary:
         return
-    most = vocabulary[0].count
+    vocabulary = sorted(vocabulary, key=lambda entry: -entry.count)  # a frozen one has the order of another corpus
+    most = max(1, vocabulary[0].count)
 
     def row(entry: VocabularyEntry) -> tuple[object, ...]:
         lemmas = ", ".join(lemma.replace("_", " ") for lemma in entry.lemmas[:3])
@@ -121,6 +122,15 @@ def print_repeats(printer: Printer, shards: ShardSet) -> None:
         (repeat_bin(number), count, "#" * max(1, round(BAR * count / most))) for number, count in sorted(bins.items())
     ]
     printer.table("Repeat factors", ("repeat", "images", ""), rows, right=(1,))
+
+
+def _classes(counts: dict[str, Any]) -> str:
+    if counts["min_count"]:
+        return f"synsets of at least {counts['min_count']} images, of {counts['synsets']:,} named"
+    return (
+        f"of a frozen vocabulary, {counts['classes_without_images']:,} without images; "
+        f"{counts['synsets_outside']:,} other synsets named"
+    )
 
 
 def share(part: int, whole: int) -> str:
