@@ -305,7 +305,7 @@ def _run_steps(
         Task(
             read,
             (work, settings, number, piece, partitions),
-            (work.table("records", number), work.images(number), work.table("dropped_read", number)),
+            (work.records(number), work.images(number), work.table("dropped_read", number)),
             piece.rows,
             Records(piece.rows, probe, describe),
         )

@@ -132,6 +132,9 @@ class Work:
     def dropped(self) -> Path:
         return self.folder / "dropped.parquet"
 
+    def records(self, task: int) -> Path:
+        return self.folder / "records" / f"{task:06d}.arrow"
+
     @property
     def quarantine(self) -> Path:
         """Records that killed the process that read them, one line of JSON each."""

@@ -3,9 +3,8 @@
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.ipc
 
-from data_pipeline import schema
 from data_pipeline.job import Counts
 from data_pipeline.shardset import write_table
 from data_pipeline.steps import ROW_GROUP, Work, write_dropped
@@ -29,5 +28,5 @@ def merge(work: Work, tasks: int, partition: int) -> Counts:
 
 
 def _part(work: Work, task: int, partition: int) -> pa.Table:
-    with pq.ParquetFile(work.table("records", task)) as file:
-        return file.read_row_group(partition) if file.num_row_groups else schema.RECORDS.empty_table()
+    with pa.OSFile(str(work.records(task))) as file, pa.ipc.open_file(file) as batches:
+        return pa.Table.from_batches([batches.get_batch(partition)])

@@ -65,12 +65,14 @@ def cut(sizes: list[int], samples_per_shard: int) -> list[dict[str, int]]:
     shards = math.ceil(total / samples_per_shard)
     edges = [total * shard // shards for shard in range(shards + 1)] if shards else [0]
     begins = [0, *itertools.accumulate(sizes)]
-    slices = []
-    for number, (low, high) in enumerate(itertools.pairwise(edges)):
-        for part, (begin, end) in enumerate(itertools.pairwise(begins)):
-            start, stop = max(low, begin), min(high, end)
-            if start < stop:
-                slices.append({"shard": number, "partition": part, "start": start - begin, "stop": stop - begin})
+    slices: list[dict[str, int]] = []
+    number = part = 0
+    for low, high in itertools.pairwise(sorted({*edges, *begins})):  # neither a shard nor a partition ends inside
+        while edges[number + 1] <= low:
+            number += 1
+        while begins[part + 1] <= low:
+            part += 1
+        slices.append({"shard": number, "partition": part, "start": low - begins[part], "stop": high - begins[part]})
     return slices
 
 
