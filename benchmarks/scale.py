@@ -4,7 +4,7 @@
 
 Every picture is another file (so that no copy is removed), most captions share a few thousand nouns as a real corpus
 does (Zipf), and every tenth has a hashtag of its own. Memory is the system's own high-water mark (VmHWM) of the
-directing process and of the largest worker; the steps' times are those of their first and last marker.
+directing process and of the largest worker; the step's time is that from its first finished task to the next step's.
 """
 
 import argparse
@@ -100,8 +100,8 @@ def measure(corpus: Path, output: Path, workers: str, near: str, timeout: float)
         while process.poll() is None and time.monotonic() - start < timeout:
             for pid in (process.pid, *children(process.pid)):
                 peaks[pid] = max(peaks.get(pid, 0), peak(pid))
-            for step in running(output):
-                steps[step] = time.monotonic()
+            for step in begun(output):
+                steps.setdefault(step, time.monotonic())
             time.sleep(0.2)
     finally:
         if process.poll() is None:
@@ -122,25 +122,23 @@ def measure(corpus: Path, output: Path, workers: str, near: str, timeout: float)
         "parent_mib": parent >> 10,
         "worker_mib": max(peaks.values(), default=0) >> 10,
         "output_mib": size >> 20,
-        "us_per_record_by_step": {name: round(1e6 * (b - a) / records) for name, (a, b) in spans(steps, start)},
+        "us_per_record_by_step": {name: round(1e6 * (b - a) / records) for name, (a, b) in spans(steps)},
     }
 
 
-def spans(steps: dict[str, float], start: float) -> Iterator[tuple[str, tuple[float, float]]]:
-    """A step lasts from the last sight of the one before to its own."""
-    edge = start
-    for name, last in sorted(steps.items(), key=lambda item: item[1]):
-        yield name, (edge, last)
-        edge = last
+def spans(steps: dict[str, float]) -> Iterator[tuple[str, tuple[float, float]]]:
+    """A step lasts from the end of its first task to that of the next step."""
+    begins = sorted((first, name) for name, first in steps.items())
+    for (first, name), (end, _) in zip(begins, [*begins[1:], (time.monotonic(), "")], strict=True):
+        yield name, (first, end)
 
 
-def running(output: Path) -> list[str]:
-    """The step whose markers are the newest."""
+def begun(output: Path) -> list[str]:
+    """Steps with a task that is done."""
     try:
-        folders = [(path.stat().st_mtime_ns, path.name) for path in (output / ".work" / "done").iterdir()]
+        return [path.name for path in (output / ".work" / "done").iterdir()]
     except OSError:
         return []
-    return [max(folders)[1]] if folders else []
 
 
 def children(parent: int) -> list[int]:
