@@ -123,7 +123,9 @@ def cards(shards: ShardSet) -> Iterator[tuple[str, str]]:
         f"{counts['kept']:,}",
         "pictures" + (f" of {counts['read']:,} read" if counts["read"] != counts["kept"] else ""),
     )
-    yield f"{len(shards.vocabulary):,}", f"labels: synsets of {counts['min_count']:,} pictures or more"
+    least = counts.get("min_count")
+    words = f"labels: synsets of {least:,} pictures or more" if least else "labels, of a vocabulary that was given"
+    yield f"{len(shards.vocabulary):,}", words
     if labelled:
         yield f"{labelled:,}", f"pictures with labels, {counts['labels'] / labelled:.2f} each"
     yield f"{resampling['samples_per_epoch']:,.0f}", "samples in an epoch, after resampling"

@@ -98,6 +98,7 @@ class Tag:
     senses: list[tuple[str, int]]  # those that were chosen, the most frequent first
     candidates: int
     confidence: float | None
+    left_out: int  # occurrences that got none
     at_risk: float  # occurrences that got a wrong sense, as far as one can say
 
 
@@ -157,6 +158,7 @@ def _tag(row: dict[str, Any], measured: bool) -> Tag:
         [(name, number) for name, number in chosen if number],
         len(row["synsets"]),
         confidence,
+        max(0, row["occurrences"] - sum(row["chosen"])),
         doubt * min(row["occurrences"], sum(row["chosen"])),  # what got no sense got no wrong one
     )
 

@@ -16,7 +16,7 @@ STEPS: Final = (TEXT, PICTURE, KEY, COPY, EVALUATION, LABEL, TAKEN)
 _TEXT: Final = {
     "no_caption": "no caption and no hashtags",
     "no_hashtags": "a caption without hashtags",
-    "no_synset": "no hashtag is a noun that WordNet knows",
+    "no_synset": "no hashtag is a noun that may be a label",
     "denied": "all its nouns are on the deny-list",
     "denied_non_visual": "all its nouns are on the deny-list: not to be seen",
     "denied_sensitive": "all its nouns are on the deny-list: sensitive",
