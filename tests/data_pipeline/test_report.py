@@ -67,7 +67,8 @@ def built(make, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"key": "<i>odd</i>", "image": b"", "caption": "#snow", "language": "en"},
     ]
     folder = tmp_path_factory.mktemp("report")
-    source = make.parquet(folder / "in.parquet", rows)
+    columns = {"source": None, "licence": None}  # of all rows: the first decides which columns there are
+    source = make.parquet(folder / "in.parquet", [columns | row for row in rows])
     assert main(["build", "--input", str(source), "--output", str(folder / "shards"), "--workers", "1"]) == 0
     return folder / "shards"
 
@@ -114,6 +115,7 @@ def test_drops_come_with_examples(page):
 
 def test_nothing_that_strangers_wrote_becomes_markup(text, page):
     assert HOSTILE.split('"')[0] in page.section("samples")  # it is shown
+    assert "<b>shop</b>" in page.section("sources")
     assert "\u202e" not in text  # but cannot turn the text around it
     allowed = {"src", "srcset", "href", "content", "style", "class", "id", "title", "alt", "media", "name", "charset",
                "lang", "http-equiv", "colspan", "open"}  # fmt: skip
