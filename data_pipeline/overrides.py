@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+import numpy as np
 import pyarrow as pa
 
 from data_pipeline import hashtags
@@ -128,11 +129,11 @@ class _Names:
         self.ids: list[str] = wordnet.synsets["wnid"].to_pylist()
         self._lemmas = wordnet.synsets["lemmas"]
         self.rows = {name: row for row, name in enumerate(self._all)}
-        self.parents: list[list[int]] = wordnet.synsets["hypernyms"].to_pylist()
-        self._children: list[list[int]] = [[] for _ in self._all]
-        for row, parents in enumerate(self.parents):
-            for parent in parents:
-                self._children[parent].append(row)
+        hypernyms = wordnet.synsets["hypernyms"].combine_chunks()
+        lengths = np.diff(hypernyms.offsets.to_numpy())
+        self._parent = hypernyms.flatten().to_numpy()  # of each pair (parent, child)
+        self._child = np.repeat(np.arange(len(lengths)), lengths)
+        self.tops: list[int] = np.flatnonzero(lengths == 0).tolist()
 
     def name(self, row: int) -> str:
         return self._all[row]
@@ -145,26 +146,27 @@ class _Names:
 
     def below(self, roots: Iterable[int], stop: frozenset[int] = frozenset()) -> set[int]:
         """Everything under `roots`, these included, without entering `stop`."""
-        found: set[int] = set()
-        waiting = [root for root in roots if root not in stop]
-        while waiting:
-            row = waiting.pop()
-            if row not in found:
-                found.add(row)
-                waiting.extend(child for child in self._children[row] if child not in stop)
-        return found
+        allowed, found = ~self._marked(stop), self._marked(roots)
+        found &= allowed
+        new = found
+        while new.any():  # a level of the tree at a time
+            new = self._marked(self._child[new[self._parent]]) & allowed & ~found
+            found = found | new
+        return set(np.flatnonzero(found).tolist())
 
     def children(self, rows: Iterable[int]) -> list[int]:
-        return [child for row in rows for child in self._children[row]]
+        return self._child[self._marked(rows)[self._parent]].tolist()
+
+    def _marked(self, rows: Iterable[int] | np.ndarray) -> np.ndarray:
+        marked = np.zeros(len(self._all), bool)
+        marked[rows if isinstance(rows, np.ndarray) else list(rows)] = True
+        return marked
 
     def proper(self, rows: Iterable[int]) -> list[int]:
         """Those whose every lemma begins with a capital."""
         rows = sorted(rows)
         every = self._lemmas.take(pa.array(rows, pa.int64())).to_pylist()
         return [row for row, lemmas in zip(rows, every, strict=True) if all(lemma[:1].isupper() for lemma in lemmas)]
-
-    def tops(self) -> list[int]:
-        return [row for row, parents in enumerate(self.parents) if not parents]
 
     def _alike(self, name: str) -> list[str]:
         """Candidates for a typing error: the same lemma, else the same first letters, so that the search is short."""
@@ -231,7 +233,7 @@ class _Denied:
 
     def by_every_way(self, names: _Names) -> set[int]:
         """All that cannot be reached from the top, or from a branch that is kept, without passing a listed one."""
-        reached = names.below([*names.tops(), *self.kept], frozenset(self.branches))
+        reached = names.below([*names.tops, *self.kept], frozenset(self.branches))
         return (set(range(len(names.ids))) - reached) | self.synsets
 
 
