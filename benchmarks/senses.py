@@ -1,4 +1,4 @@
-"""How often each policy finds the sense that a person read: `python benchmarks/senses.py [--wrong]`.
+"""How often each policy finds the sense that was read into a hashtag: `python benchmarks/senses.py [--wrong]`.
 
 The gold standard is demo/senses/senses.tsv (its README says how it was made): `dev` was used to choose the numbers in
 data_pipeline/evidence.py, `test` was not. Right means: the sense the policy gives is among those the reader gave.
