@@ -44,7 +44,7 @@ _QUOTED: Final = re.compile('"([^"]+)')
 
 def squash(lemma: str) -> str:
     """The form in which a noun appears as a hashtag: no separators, case folded."""
-    return SEPARATORS.sub("", lemma).casefold()
+    return (lemma if lemma.isalnum() else SEPARATORS.sub("", lemma)).casefold()
 
 
 def read(archive: Path) -> tuple[pa.Table, pa.Table, pa.Table]:

@@ -152,8 +152,8 @@ def _from_captions(captions: pa.StringArray) -> Iterator[tuple[pa.StringArray, I
     """Tags and the numbers of their captions, captions that need the same work together."""
     plain = _true("string_is_ascii", captions)
     signs = _true("match_substring", captions, pc.MatchSubstringOptions("#"))
-    if not plain.all():
-        signs |= ~plain & _true("match_substring_regex", captions, pc.MatchSubstringOptions("[＃﹟]"))
+    if len(rows := np.flatnonzero(~plain & ~signs)):
+        signs[rows] = _true("match_substring_regex", captions.take(pa.array(rows)), pc.MatchSubstringOptions("[＃﹟]"))
     if len(rows := np.flatnonzero(signs & plain)):
         yield _tags(_joined(captions, rows).lower(), rows)
     if len(rows := np.flatnonzero(signs & ~plain)):

@@ -11,7 +11,8 @@ tag itself (evidence.py) hands in its own numbers.
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
@@ -42,6 +43,12 @@ TAGS: Final = pa.schema(
 
 class Overrides(Protocol):
     """What people decided about tags and synsets; see overrides.py."""
+
+    @property
+    def force(self) -> Mapping[str, int]: ...
+
+    @property
+    def forbidden_tags(self) -> Collection[str]: ...
 
     @property
     def removed(self) -> Mapping[int, str]: ...
@@ -84,7 +91,7 @@ class Candidates:
     @functools.cached_property
     def flat(self) -> Ints:
         """The senses of all tags, one after the other."""
-        return np.fromiter((sense for senses in self.senses for sense in senses), np.int64)
+        return np.fromiter(itertools.chain.from_iterable(self.senses), np.int64)
 
     def counts(self) -> pa.Table:
         """TAGS of the batch; `add_counts` adds those of several."""
@@ -100,6 +107,8 @@ class TagTable:
         self._wordnet = wordnet
         self._overrides = overrides
         self._competing = competing
+        decided = () if overrides is None else (*overrides.force, *overrides.forbidden_tags)
+        self._decided = pa.array(decided, pa.string())
         self.lookup = functools.lru_cache(maxsize=REMEMBERED)(self._lookup)
 
     def _lookup(self, tag: str) -> tuple[tuple[int, ...], str | None]:
@@ -124,10 +133,16 @@ class TagTable:
         if isinstance(hashtags, pa.ChunkedArray):
             hashtags = pa.concat_arrays(hashtags.chunks) if hashtags.num_chunks else pa.array([], hashtags.type)
         encoded = hashtags.flatten().dictionary_encode()
-        found = [self.lookup(tag) for tag in encoded.dictionary.to_pylist()]
+        tags = encoded.dictionary
+        senses: list[tuple[int, ...]] = [()] * len(tags)
+        reasons: list[str | None] = [UNMAPPED] * len(tags)
+        decided = pc.call_function("is_in", [tags], pc.SetLookupOptions(self._decided)).to_numpy(zero_copy_only=False)
+        worth = np.flatnonzero(self._wordnet.may_name(tags) | decided)  # the others are made up, and without end
+        for number, tag in zip(worth.tolist(), tags.take(pa.array(worth)).to_pylist(), strict=True):
+            senses[number], reasons[number] = self.lookup(tag)
         lengths = pc.fill_null(hashtags.value_lengths(), 0).to_numpy(zero_copy_only=False)
         occurrences = pa.ListArray.from_arrays(_offsets(lengths), encoded.indices)
-        return Candidates(encoded.dictionary, [senses for senses, _ in found], [why for _, why in found], occurrences)
+        return Candidates(tags, senses, reasons, occurrences)
 
 
 def choose(candidates: Candidates, policy: Policy | Ints) -> tuple[pa.ListArray, dict[str, int]]:

@@ -21,6 +21,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline import dictionary, languages
@@ -92,6 +93,16 @@ class WordNet:
         return singulars
 
     @functools.cached_property
+    def _names(self) -> pa.StringArray:
+        """All that is a noun as it stands."""
+        return pa.array([*self._rows, *self._translated], pa.string())
+
+    @functools.cached_property
+    def _endings(self) -> frozenset[str]:
+        """The last three letters of irregular plurals; all others end in s."""
+        return frozenset(plural[-3:] for plural in (*self._singulars, "men"))
+
+    @functools.cached_property
     def _senses(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Where the senses of each lemma begin, and all of them."""
         column = self.lemmas["synsets"].combine_chunks()
@@ -149,10 +160,23 @@ class WordNet:
                 return row
         return None
 
+    def may_name(self, hashtags: pa.StringArray) -> npt.NDArray[np.bool_]:
+        """Of many at once: false for what is certainly no noun, as most hashtags are."""
+        ending = pc.call_function("utf8_slice_codeunits", [hashtags], pc.SliceOptions(-3, 1 << 30))
+        answers = (
+            pc.call_function("ascii_is_alnum", [hashtags]),
+            pc.call_function("ascii_is_lower", [hashtags]),  # what `squash` leaves as it is
+            pc.call_function("is_in", [hashtags], pc.SetLookupOptions(self._names)),
+            pc.call_function("ends_with", [hashtags], pc.MatchSubstringOptions("s")),
+            pc.call_function("is_in", [ending], pc.SetLookupOptions(pa.array(sorted(self._endings)))),
+        )
+        alnum, lower, known, regular, irregular = (answer.to_numpy(zero_copy_only=False) for answer in answers)
+        return ~(alnum & lower) | known | regular | irregular
+
     def _reduce(self, plural: str) -> Iterator[str]:
         """Singular forms, the ending belonging to the last word of a compound: polarbears, computermice."""
         yield from self._singulars.get(plural, [])
-        for start in range(1, len(plural)):  # longest last word first
+        for start in range(1, len(plural) if plural[-3:] in self._endings else 0):  # longest last word first
             for singular in self._singulars.get(plural[start:], []):
                 candidate = plural[:start] + singular
                 if self._ends_in_word(candidate, singular):

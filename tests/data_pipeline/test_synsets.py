@@ -12,10 +12,11 @@ STRINGS = pa.list_(pa.string())
 class Decisions:
     """As overrides.py gives them."""
 
-    removed: dict[int, str] = {}  # noqa: RUF012
-
     def __init__(self, nouns):
         self.nouns = nouns
+        self.removed: dict[int, str] = {}
+        self.force = {"selfie": nouns.senses("photograph")[0]}
+        self.forbidden_tags = frozenset({"rake"})
 
     def apply(self, tag, senses, competing=False):
         if tag == "selfie":
