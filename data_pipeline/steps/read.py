@@ -21,6 +21,7 @@ from data_pipeline.steps import Settings, Work, read_tag_table, read_tombstones,
 from data_pipeline.synsets import TagTable
 
 MAX_TEXT: Final = 1000  # characters of language, source, licence and url; ours
+TO_THE_END: Final = 1 << 60  # the number of rows of a piece far away is a guess
 TEXTS: Final = ("language", "source", "licence", "url")
 
 
@@ -71,7 +72,8 @@ def examine(
     position = span[0]
     for stop in (*sorted(skip), span[1]):
         if position < stop:
-            part = piece if (position, stop) == (0, piece.rows) else piece.part(position, stop)
+            whole = (position, stop) == (0, piece.rows)
+            part = piece if whole else piece.part(position, TO_THE_END if stop == piece.rows else stop)
             for table in part.read():
                 for row, reason, detail in _records(table, settings, read_tag_table(work, settings), position):
                     if reason is None and read_tombstones(work.tombstones).hold(row["image"]):
