@@ -22,7 +22,7 @@ from data_pipeline.errors import DataError, UsageError
 from data_pipeline.images import BadImage
 from data_pipeline.images import sniff as sniff_image
 from data_pipeline.sources import arrow, folder, img2dataset, listing, location, parquet, tar, webdataset
-from data_pipeline.sources.columns import NotCaptionedImages
+from data_pipeline.sources.columns import DamagedFile, NotCaptionedImages
 from data_pipeline.sources.location import File, Reading
 from data_pipeline.sources.pieces import PIECE_ROWS, Piece, Weighted, cut
 
@@ -175,7 +175,7 @@ class _Found:
                     f"{location.printable(file.url)} is {what}; give Parquet, Arrow, tar, CSV, TSV or JSON lines, or "
                     "the folder of the images"
                 )
-        except NotCaptionedImages as error:
+        except (NotCaptionedImages, DamagedFile) as error:
             if named:
                 raise
             self.sources.skipped.append((name, error.short))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.columns import batch_rows, choose, damaged, to_source
+from data_pipeline.sources.columns import DamagedFile, batch_rows, choose, damaged, to_source
 from data_pipeline.sources.fields import Columns
 from data_pipeline.sources.location import File, Reading, local, open_at, printable
 from data_pipeline.sources.pieces import GUESSED_BYTES, Slice
@@ -59,7 +59,7 @@ def pieces(file: File, stem: str, piece_rows: int, reading: Reading) -> list[Pie
         with open_at(file, reading) as stream:
             schema = _open(stream).schema
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{name} is not a readable Arrow file ({error})") from None
+        raise DamagedFile(name, "Arrow", error) from None
     columns = choose(name, schema, reading)
     if local(file.url) is None:
         return [Piece(file, stem, columns, 0, None, 0, max(1, file.size // GUESSED_BYTES), reading)]

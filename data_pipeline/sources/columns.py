@@ -16,6 +16,14 @@ from data_pipeline.sources.location import Reading
 SHOWN: Final = 40  # columns in a message
 
 
+class DamagedFile(DataError):
+    """A table whose beginning or end cannot be read, so that nothing is known of it."""
+
+    def __init__(self, name: str, kind: str, why: object) -> None:
+        super().__init__(f"{name} is not a readable {kind} file ({why}); for images in files, name their folder")
+        self.short = f"damaged: not a readable {kind} file"
+
+
 class NotCaptionedImages(DataError):
     """A table of something else: labels, or an evaluation set without captions."""
 

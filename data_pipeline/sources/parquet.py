@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.columns import batch_rows, choose, damaged, to_source
+from data_pipeline.sources.columns import DamagedFile, batch_rows, choose, damaged, to_source
 from data_pipeline.sources.fields import Columns
 from data_pipeline.sources.location import File, Reading, open_at, printable
 from data_pipeline.sources.pieces import Slice
@@ -71,9 +71,7 @@ def pieces(file: File, stem: str, piece_rows: int, reading: Reading) -> list[Pie
         with open_at(file, reading) as stream, pq.ParquetFile(stream) as opened:
             schema, metadata = opened.schema_arrow, opened.metadata
     except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"{name} is not a readable Parquet file ({error}); for images in files, name their folder"
-        ) from None
+        raise DamagedFile(name, "Parquet", error) from None
     columns = choose(name, schema, reading)
     found: list[Piece] = []
     groups: list[tuple[int, int, int]] = []

@@ -144,11 +144,14 @@ def test_a_path_that_is_not_there(run, tmp_path):
 
 
 def test_a_damaged_parquet_file_is_named(run, make, tmp_path):
+    """One asked for by name ends the build; one among others is left out."""
     file = make.parquet(tmp_path / "data" / "broken.parquet", make.rows(3))
     file.write_bytes(file.read_bytes()[:-100])
-    result = run("build", "--input", tmp_path / "data", "--output", tmp_path / "shards")
-    assert result.code == 1
-    assert "broken.parquet is not a readable Parquet file" in result.err
+    result = run("build", "--input", file, "--output", tmp_path / "shards")
+    assert (result.code, "broken.parquet is not a readable Parquet file" in result.err) == (1, True)
+    make.parquet(tmp_path / "data" / "whole.parquet", make.rows(3))
+    result = run("build", "--input", tmp_path / "data", "--output", tmp_path / "shards", "--workers", 0)
+    assert (result.code, "broken.parquet: damaged: not a readable Parquet file" in result.err) == (0, True)
 
 
 def test_an_output_inside_the_input_is_not_read_again(run, make, tmp_path):
