@@ -53,6 +53,8 @@ MAX_SCANS: Final = 64  # our choice: progressive JPEGs have about ten; thousands
 # one wanted. It saves a third of the time, and changes a picture less than the choice of a filter does (30 dB and more
 # to full decoding: benchmarks/README.md).
 DECODE_MARGIN: Final = 1.25
+# Sharper than area averaging, free of ringing, and half the time of bicubic, which it equals to 36 dB and more.
+FILTER: Final = Image.Resampling.HAMMING
 HASH_SIDE: Final = 128  # pixels that are enough for the perceptual hash, twice the side it works with
 
 KEPT_AS_IS: Final = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # format -> extension in the shard
@@ -248,7 +250,7 @@ class _Pixels:
         image = self.image
         if size is not None:
             stored = size if self.orientation < 5 else (size[1], size[0])
-            image = image.resize(stored, Image.Resampling.BICUBIC, reducing_gap=3.0)
+            image = image.resize(stored, FILTER, reducing_gap=3.0)
         image = srgb.to_rgb(image, self.transform)
         if self.orientation > 1:
             image = image.transpose(_TURNS[self.orientation])
