@@ -21,11 +21,11 @@ from data_pipeline import hashtags, report_figures, report_tables
 from data_pipeline.errors import DataError
 from data_pipeline.files import write_bytes
 from data_pipeline.report_survey import Survey, draw_samples, picture, survey
-from data_pipeline.report_words import REASONS, STEPS, step_of
+from data_pipeline.report_words import CHANGES, REASONS, STEPS, step_of
 from data_pipeline.shardset import ShardSet, VocabularyEntry
 from data_pipeline.summary import format_bytes, repeat_bin
 
-SAMPLES: Final = 24
+SAMPLES: Final = 25
 TOP: Final = 15  # labels from each end
 SOURCES: Final = 40  # rows of the tables of languages, sources and licences
 MAX_TEXT: Final = 300  # characters of one text on the page
@@ -97,7 +97,7 @@ def render(shards: ShardSet) -> str:
         unaccounted=counts["read"] - counts["kept"] - sum(counts["dropped"].values()),
         drops=report_tables.drops(shards),
         unlabelled=[(code, REASONS.get(code, code), n) for code, n in largest(counts.get("unlabelled", {})) if n],
-        changed=[(code.replace("_", " "), n) for code, n in largest(counts.get("changed", {})) if n],
+        changed=[(CHANGES.get(code, code.replace("_", " ")), n) for code, n in largest(counts.get("changed", {})) if n],
         labels=labels(shards, found),
         tags=report_tables.tags(shards),
         resampling=manifest["resampling"],

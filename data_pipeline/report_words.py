@@ -4,7 +4,7 @@ from typing import Final
 
 TEXT, PICTURE, KEY, COPY, EVALUATION, LABEL, TAKEN = (
     "with a text that can give a label",
-    "with a usable picture",
+    "readable, with a usable picture",
     "one of each key",
     "without copies",
     "without evaluation pictures",
@@ -56,6 +56,16 @@ _BY_STEP: Final = {
     TAKEN: {"taken_down": "taken down on request"},
 }
 REASONS: Final = {code: words for reasons in _BY_STEP.values() for code, words in reasons.items()}
+CHANGES: Final = {
+    "resized": "made smaller",
+    "turned": "turned upright",
+    "colours_converted": "colours brought to sRGB",
+    "eight_bits": "brought to 8 bits",
+    "made_opaque": "transparent parts made white",
+    "first_frame": "the first frame of an animation taken",
+    "other_format": "stored in another format",
+    "profile_ignored": "a damaged colour profile ignored",
+}
 
 
 def step_of(code: str) -> str:
