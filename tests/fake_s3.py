@@ -142,14 +142,15 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 found.append(name)
         found = found[: int(self.query.get("max-keys", 1000))]
-        body = "".join(
-            f"<Contents><Key>{escape(name)}</Key><Size>{len(self.store.objects[f'{self.bucket}/{name}'])}</Size>"
-            "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>" for name in found
-        ) + "".join(f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>" for name in folders)  # fmt: skip
+        time = "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+        sizes = [len(self.store.objects[f"{self.bucket}/{name}"]) for name in found]
+        rows = [f"<Contents><Key>{escape(name)}</Key><Size>{size}</Size>{time}</Contents>"
+                for name, size in zip(found, sizes, strict=True)]  # fmt: skip
+        rows += [f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>" for name in folders]
+        body = "".join(rows)
         count = len(found) + len(folders)
-        self._answer(
-            200, _xml("ListBucketResult", f"<IsTruncated>false</IsTruncated><KeyCount>{count}</KeyCount>{body}")
-        )
+        head = f"<IsTruncated>false</IsTruncated><KeyCount>{count}</KeyCount>"
+        self._answer(200, _xml("ListBucketResult", head + body))
 
     def do_PUT(self):
         if not self._begin("PUT"):
