@@ -108,6 +108,7 @@ Ints = npt.NDArray[np.int64]
 
 BATCH_BYTES: Final = 2 << 20  # of captions at a time: what is made of them should stay near the processor
 SEPARATOR: Final = "\0"
+FEW: Final = 30  # values of one image, up to which comparing each with each is faster than sorting
 WORD, LETTER, UNSPACED, BLOCK, SIGN, BORDER, EMOJI, COMPLEX = (1 << bit for bit in range(8))  # kinds of characters
 UNKNOWN: Final = 0xFF
 
@@ -139,13 +140,25 @@ def _batch(captions: pa.StringArray, columns: pa.ListArray | None) -> pa.ListArr
     if len(found) > 1:
         order = np.argsort(image, kind="stable")
         tags, image = tags.take(pa.array(order)), image[order]
-    encoded = tags.dictionary_encode()
-    both = image << 32 | encoded.indices.to_numpy()
-    once = pa.array(both).unique().to_numpy()  # in the order of first appearance
-    if len(once) < len(both):
-        tags, image = encoded.dictionary.take(pa.array(once & 0xFFFFFFFF)), once >> 32
+    first = first_of_each(image, tags.dictionary_encode().indices.to_numpy())
+    if not first.all():
+        tags, image = tags.filter(pa.array(first)), image[first]
     ends = np.cumsum(np.bincount(image, minlength=len(captions)))
     return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]), pa.int32()), tags)
+
+
+def first_of_each(image: Ints, value: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+    """False for what its image already has; `image` ascends."""
+    first = np.ones(len(value), bool)
+    most = np.bincount(image).max(initial=0)
+    if most > FEW:
+        first[:] = False
+        first[np.unique(image << 32 | value, return_index=True)[1]] = True
+        return first
+    small = image.astype(np.int32)
+    for step in range(1, most):  # the neighbours at that distance, all at once
+        first[step:] &= (value[step:] != value[:-step]) | (small[step:] != small[:-step])
+    return first
 
 
 def _from_captions(captions: pa.StringArray) -> Iterator[tuple[pa.StringArray, Ints]]:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_pipeline.hashtags import first_of_each
 from data_pipeline.wordnet import WordNet
 
 Ints = npt.NDArray[np.int64]
@@ -197,9 +198,9 @@ def _every_sense(candidates: Candidates) -> tuple[Ints, Ints]:
 
 def _each_once(image: Ints, synset: Ints, images: int) -> pa.ListArray:
     """Lists of what belongs to each image, the first of equal ones; `image` ascends."""
-    both = pa.array(image << 32 | synset).unique().to_numpy()  # in the order of first appearance
-    lengths = np.bincount(both >> 32, minlength=images)
-    return pa.ListArray.from_arrays(_offsets(lengths), pa.array((both & 0xFFFFFFFF).astype(np.int32)))
+    first = first_of_each(image, synset)
+    lengths = np.bincount(image[first], minlength=images)
+    return pa.ListArray.from_arrays(_offsets(lengths), pa.array(synset[first].astype(np.int32)))
 
 
 def _offsets(lengths: npt.NDArray[np.integer]) -> pa.Int32Array:

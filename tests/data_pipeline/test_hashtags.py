@@ -2,11 +2,12 @@ import random
 import sys
 import unicodedata
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from data_pipeline import hashtags
-from data_pipeline.hashtags import extract, extract_batch, from_column, unique
+from data_pipeline.hashtags import extract, extract_batch, first_of_each, from_column, unique
 
 STRINGS = pa.list_(pa.string())
 
@@ -143,6 +144,15 @@ def test_arrays_of_all_kinds_are_read():
     assert extract_batch(plain[0].slice(1, 3), plain[1].slice(1, 3)).to_pylist() == expected[1:]
     assert extract_batch(pa.array([], pa.string())).to_pylist() == []
     assert extract_batch(pa.array([None, None], pa.string()), plain[1].slice(1, 2)).to_pylist() == [["dog"], []]
+
+
+@pytest.mark.parametrize("most", [5, 60])
+def test_the_first_of_equal_values_of_an_image_stays(most):
+    rng = random.Random(most)
+    rows = [[rng.randrange(8) for _ in range(rng.randrange(most))] for _ in range(400)]
+    image = np.array([number for number, row in enumerate(rows) for _ in row])
+    first = first_of_each(image, np.array([value for row in rows for value in row]))
+    assert first.tolist() == [value not in row[:place] for row in rows for place, value in enumerate(row)]
 
 
 def test_a_column_alone_is_enough():
