@@ -4,11 +4,12 @@
 
 Two hashes that differ in fewer than 16 bits agree in a whole band, and two that differ in fewer than 32 agree in all
 but one bit of a band (Norouzi et al., 2012, multi-index hashing): every pair is found, none is looked for everywhere.
+Up to 14 bits two whole bands agree, which makes the work grow as N does: that is why the default is 14.
 A second look (look.py) parts what has the same shape only. Arrays only, no files. Letters: N hashes, M pairs.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -87,22 +88,36 @@ def leaders(looks: NDArray[np.uint8], limit: int) -> Ints:
 
 def pairs_within(hashes: Hashes, band: int, limits: Limits) -> Iterator[Pairs]:
     """The pairs of a block that this band is the first to find."""
+    if max(limits) <= BANDS - 2:
+        yield from _by_two_bands(hashes, band, limits)
+        return
     hashes = _sorted(hashes, band)
-    runs = _runs(hashes.bands[:, band])
-    everywhere = np.arange(len(runs.value))
-    yield from _verified(hashes, hashes, _expand(runs, runs, everywhere, everywhere), band, limits, same=True)
+    runs = _runs(hashes.bands[:, band].astype(np.int64))
+    yield from _verified(hashes, hashes, _expand(runs, runs, *_themselves(runs)), range(band), limits, same=True)
     if limits.radius:
         for bit in range(BAND_BITS):
             left, right = _partners(runs, runs, 1 << bit)
             lower = runs.value[left] & (1 << bit) == 0  # each two buckets once
-            yield from _verified(hashes, hashes, _expand(runs, runs, left[lower], right[lower]), band, limits)
+            candidates = _expand(runs, runs, left[lower], right[lower])
+            yield from _verified(hashes, hashes, candidates, range(band), limits)
+
+
+def _by_two_bands(hashes: Hashes, band: int, limits: Limits) -> Iterator[Pairs]:
+    """Up to 14 bits apart, two bands agree. Buckets of 32 bits hold few strangers however many hashes there are."""
+    for second in range(band + 1, BANDS):
+        ordered = _sorted(_sorted(hashes, second), band)
+        bands = ordered.bands
+        runs = _runs(bands[:, band].astype(np.int64) << BAND_BITS | bands[:, second])
+        earlier = [*range(band), *range(band + 1, second)]
+        yield from _verified(ordered, ordered, _expand(runs, runs, *_themselves(runs)), earlier, limits, same=True)
 
 
 def pairs_between(first: Hashes, second: Hashes, band: int, bit: int, limits: Limits) -> Iterator[Pairs]:
     """The same for two blocks whose hashes differ in this bit of the band, and in no other of it."""
     first, second = _sorted(first, band), _sorted(second, band)
-    left, right = _runs(first.bands[:, band]), _runs(second.bands[:, band])
-    yield from _verified(first, second, _expand(left, right, *_partners(left, right, 1 << bit)), band, limits)
+    left, right = (_runs(hashes.bands[:, band].astype(np.int64)) for hashes in (first, second))
+    candidates = _expand(left, right, *_partners(left, right, 1 << bit))
+    yield from _verified(first, second, candidates, range(band), limits)
 
 
 class _Runs(NamedTuple):
@@ -118,9 +133,15 @@ def _sorted(hashes: Hashes, band: int) -> Hashes:
     return Hashes(hashes.ids[order], hashes.words[order], hashes.kinds[order])
 
 
-def _runs(values: NDArray[np.uint16]) -> _Runs:
-    value, start, count = np.unique(values, return_index=True, return_counts=True)
-    return _Runs(value.astype(np.int64), start, count)
+def _runs(values: Ints) -> _Runs:
+    start = np.flatnonzero(np.r_[True, values[1:] != values[:-1]]) if len(values) else np.empty(0, np.int64)
+    return _Runs(values[start], start, np.diff(start, append=len(values)))
+
+
+def _themselves(runs: _Runs) -> tuple[Ints, Ints]:
+    """Runs that have pairs within."""
+    several = np.flatnonzero(runs.count > 1)
+    return several, several
 
 
 def _partners(left: _Runs, right: _Runs, flip: int) -> tuple[Ints, Ints]:
@@ -157,11 +178,12 @@ def _verified(
     left: Hashes,
     right: Hashes,
     candidates: Iterator[tuple[Ints, Ints]],
-    band: int,
+    earlier: Sequence[int],
     limits: Limits,
     *,
     same: bool = False,
 ) -> Iterator[Pairs]:
+    """Those near enough that no `earlier` band has found."""
     for i, j in candidates:
         if same:
             upper = i < j
@@ -170,8 +192,8 @@ def _verified(
         close = distance <= max(limits)
         i, j, distance = i[close], j[close], distance[close]
         wanted = distance <= _limit(left.kinds[i], right.kinds[j], limits)
-        differing = np.bitwise_count(left.bands[i, :band] ^ right.bands[j, :band])
-        wanted &= ~(differing <= limits.radius).any(axis=1)  # an earlier band has found it
+        differing = np.bitwise_count(left.bands[i] ^ right.bands[j])[:, list(earlier)]
+        wanted &= ~(differing <= limits.radius).any(axis=1)
         first, second = left.ids[i[wanted]], right.ids[j[wanted]]
         if len(first):
             yield Pairs(np.minimum(first, second), np.maximum(first, second), distance[wanted].astype(np.uint8))

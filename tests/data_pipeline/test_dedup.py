@@ -49,7 +49,7 @@ def banded(hashes: Hashes, limits: Limits, prefix_bits: int = 0) -> list[tuple[i
     return found
 
 
-@pytest.mark.parametrize("limit", [0, 5, 15, 16, 31])
+@pytest.mark.parametrize("limit", [0, 5, 14, 15, 16, 31])
 @pytest.mark.parametrize("prefix_bits", [0, 3])
 def test_every_pair_within_the_limit_is_found_once(limit, prefix_bits):
     limits = Limits(limit, -1)
@@ -72,12 +72,12 @@ def test_training_and_evaluation_pictures_have_limits_of_their_own():
 
 
 def test_thousands_in_one_bucket_are_compared_a_part_at_a_time(monkeypatch):
-    """All share a band; what is in memory at once is counted."""
+    """All share two bands; what is in memory at once is counted."""
     monkeypatch.setattr(dedup, "PAIRS_AT_ONCE", 1000)
     bits = np.random.default_rng(1).integers(0, 2, (700, 256), dtype=np.uint8)
-    bits[:, :16] = 1
+    bits[:, :32] = 1
     bits[600:] = bits[:100]
-    bits[600:, 20:25] ^= 1
+    bits[600:, 40:45] ^= 1
     words = np.packbits(bits, axis=1).view(np.uint64)
     hashes = Hashes(np.arange(700), words, np.full(700, TRAINING, np.uint8))
     most, distances = 0, dedup.distances
@@ -88,8 +88,9 @@ def test_thousands_in_one_bucket_are_compared_a_part_at_a_time(monkeypatch):
         return distances(first, second)
 
     monkeypatch.setattr(dedup, "distances", counted)
-    pairs = [row for part in dedup.pairs_within(hashes, 0, Limits(15, -1)) for row in zip(*part, strict=True)]
-    assert sorted(pairs) == [(n, 600 + n, 5) for n in range(100)]
+    for limit in (14, 15):  # by two bands, and by one
+        pairs = [row for part in dedup.pairs_within(hashes, 0, Limits(limit, -1)) for row in zip(*part, strict=True)]
+        assert sorted(pairs) == [(n, 600 + n, 5) for n in range(100)]
     assert 0 < most <= 2000
 
 
