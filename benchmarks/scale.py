@@ -40,21 +40,43 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/scale"))
     parser.add_argument("--workers", default="2")
     parser.add_argument("--near", default="off", help="--near-duplicates of the build")
+    parser.add_argument(
+        "--only-tables",
+        action="store_true",
+        help="16 pictures again and again, each prepared once, no duplicates removed, one process: what is left is all "
+        "that could grow",
+    )
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one build")
     options = parser.parse_args()
     for records in options.records:
-        corpus = options.folder / f"corpus{records}"
+        corpus = options.folder / f"corpus{records}{'t' if options.only_tables else ''}"
         if not corpus.exists():
-            write_corpus(corpus, records)
+            write_corpus(corpus, records, 16 if options.only_tables else records)
         output = options.folder / f"shards{records}"
         shutil.rmtree(output, ignore_errors=True)
-        found = measure(corpus, output, options.workers, options.near, options.timeout)
+        found = measure(corpus, output, command(options), options.timeout)
         sys.stdout.write(json.dumps({"records": records, **found}) + "\n")
         sys.stdout.flush()
         shutil.rmtree(output, ignore_errors=True)
 
 
-def write_corpus(folder: Path, records: int) -> None:
+def command(options: argparse.Namespace) -> list[str]:
+    if options.only_tables:
+        return [sys.executable, "-c", PREPARED_ONCE, "build", "--workers", "0", "--keep-duplicates"]
+    program = [sys.executable, "-m", "data_pipeline", "build"]
+    return [*program, "--workers", options.workers, "--near-duplicates", options.near]
+
+
+PREPARED_ONCE: Final = """
+import functools, sys
+from data_pipeline import images
+images.prepare = functools.lru_cache(64)(images.prepare)
+from data_pipeline.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def write_corpus(folder: Path, records: int, pictures: int) -> None:
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -68,7 +90,9 @@ def write_corpus(folder: Path, records: int) -> None:
             + (f" #own{number}" if number % 10 == 0 else "")
             for number in numbers
         ]
-        table = pa.table({"key": [f"{n:09d}" for n in numbers], "image": list(map(png, numbers)), "caption": captions})
+        table = pa.table(
+            {"key": [f"{n:09d}" for n in numbers], "image": [png(n % pictures) for n in numbers], "caption": captions}
+        )
         pq.write_table(table, temporary / f"{start // FILE_ROWS:04d}.parquet", row_group_size=GROUP_ROWS)
     temporary.rename(folder)
 
@@ -88,9 +112,8 @@ def png(number: int) -> bytes:
     )
 
 
-def measure(corpus: Path, output: Path, workers: str, near: str, timeout: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "data_pipeline", "build", "--input", str(corpus), "--output", str(output)]
-    command += ["--workers", workers, "--near-duplicates", near]
+def measure(corpus: Path, output: Path, command: list[str], timeout: float) -> dict[str, Any]:
+    command = [*command, "--input", str(corpus), "--output", str(output)]
     start = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peaks: dict[int, int] = {}

@@ -1,15 +1,20 @@
 """A corpus of everything strangers put among their pictures, the same on every call.
 
-`write(root)` gives, by key, the reasons one of which each bad record must be dropped for. Keys that begin with `good`
-are sound and must come through.
+    files/     loose pictures with captions, and Parquet files
+    tables/    tables that name pictures, and tars
+
+`write(root)` gives, by key, the reasons one of which each bad record must be dropped for. Keys with `good` in them are
+sound and must come through.
 """
 
+import gzip
 import io
 import json
 import os
 import random
 import socket
 import struct
+import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +47,24 @@ def picture(seed: int, kind: str = "png", size: tuple[int, int] = (24, 20)) -> b
 
 def write(root: Path) -> dict[str, Reasons]:
     """The whole corpus; reasons by key."""
+    expected = write_files(root / "files") | SPECIAL
+    tables = root / "tables"
+    tables.mkdir()
+    write_pictures(tables / ".pictures")
+    write_lines(tables / "lines.jsonl")
+    write_table(tables / "table.csv")
+    write_tars(tables)
+    write_damaged(tables, (root / "files" / "rows.parquet").read_bytes())
+    return expected | dict.fromkeys(GOOD_IN_TABLES, frozenset())
+
+
+GOOD_IN_TABLES: Final = (
+    *("good_first_line", "good_last_line", "good_first_row", "good_last_row"),
+    *("tables/strange/good_member", "tables/strange/good_end", "tables/changed/good_end", "tables/cut/good_member"),
+)
+
+
+def write_files(root: Path) -> dict[str, Reasons]:
     root.mkdir(parents=True)
     expected: dict[str, Reasons] = {}
     for case in (*good(), *broken_pictures(), *bombs(), *not_pictures(), *bad_captions(), *odd_names()):
@@ -50,10 +73,9 @@ def write(root: Path) -> dict[str, Reasons]:
         path.write_bytes(case.image)
         if case.caption is not None:
             path.with_suffix(".txt").write_bytes(case.caption)
-        expected[case.name.rsplit(".", 1)[0]] = case.reasons
+        expected[f"files/{case.name.rsplit('.', 1)[0]}"] = case.reasons
     write_special_files(root)
-    expected |= write_parquet(root / "rows.parquet")
-    return expected
+    return expected | write_parquet(root / "rows.parquet")
 
 
 def good() -> Iterator[Case]:
@@ -157,7 +179,7 @@ def bad_captions() -> Iterator[Case]:
         ("overlong", b"#dog \xc0\xaf", utf8),
         ("ten_megabytes", b"#dog " * (2 << 20), long),
         ("just_too_long", b"#dog " + b"x" * 10_000, long),
-        ("zeros", b"\0" * 5000, NO_LABEL),
+        ("zeros", b"\0" * 5000, frozenset({"nul_byte"})),
         ("one_long_word", b"#" + b"a" * 9990, NO_LABEL),
         ("many_hashtags", b" ".join(b"#%d" % n for n in range(1500)), NO_LABEL),
         ("accents_on_accents", b"#z" + "\u0301".encode() * 4000, NO_LABEL),
@@ -224,8 +246,8 @@ def write_special_files(root: Path) -> None:
 
 
 SPECIAL: Final = {
-    **{f"captioned_by_{by}": NO_LABEL for by in ("pipe", "device", "folder", "nothing")},
-    "sparse": frozenset({"too_many_bytes"}),
+    **{f"files/captioned_by_{by}": NO_LABEL for by in ("pipe", "device", "folder", "nothing")},
+    "files/sparse": frozenset({"too_many_bytes"}),
 }
 
 
@@ -254,7 +276,7 @@ def write_parquet(path: Path) -> dict[str, Reasons]:
     add("row_long", frozenset({"caption_too_long"}), caption=b"#dog " * (2 << 20))
     add("row_bad_tag", frozenset({"caption_not_utf8"}), caption=b"", tags=[b"\xff\xfe"])
     add("row_many_tags", NO_LABEL | {"too_many_hashtags"}, caption=b"", tags=[b"%d" % n for n in range(100_000)])
-    add("row_long_tag", NO_LABEL | {"too_many_hashtags"}, caption=b"", tags=[b"x" * (5 << 20)])
+    add("row_long_tag", NO_LABEL | {"too_many_hashtags", "caption_too_long"}, caption=b"", tags=[b"x" * (5 << 20)])
     add("row_null_tags", frozenset(), tags=[None, b"", b"dog"])
     for key in (None, "", b"\xff\xfe"):
         add(key, None)  # bad_key, and no name to look for
@@ -275,23 +297,124 @@ def write_parquet(path: Path) -> dict[str, Reasons]:
     return expected
 
 
-def strange_json() -> Iterator[tuple[str, bytes]]:
-    """Lines that are not what JSON should be."""
-    yield "cut", b'{"key": "a", "capt'
-    yield "number", b"17"
-    yield "list", b'["#dog"]'
-    yield "null", b"null"
-    yield "nan", b'{"caption": NaN}'
-    yield "infinity", b'{"caption": -Infinity, "weight": 1e999}'
-    yield "digits", b'{"caption": ' + b"9" * 10_000 + b"}"
-    yield "deep", b'{"caption": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-    yield "twice", b'{"caption": "#dog", "caption": "#cat"}'
-    yield "latin1", b'{"caption": "caf\xe9 #dog"}'
-    yield "lone_surrogate", b'{"caption": "#dog \\ud800"}'
-    yield "escaped_zero", b'{"caption": "#dog \\u0000"}'
-    yield "bom", b'\xef\xbb\xbf{"caption": "#dog"}'
-    yield "caption_is_object", b'{"caption": {"a": [1, 2]}}'
-    yield "caption_is_true", b'{"caption": true}'
-    yield "keys", json.dumps({str(n): n for n in range(50_000)}).encode()
-    yield "empty", b""
-    yield "control", b'{"caption": "#dog \x01\x02"}'
+def write_pictures(folder: Path) -> None:
+    """Sound ones for tables to name; nobody looks for pictures in a hidden folder."""
+    folder.mkdir()
+    for number in range(100):
+        (folder / f"{number:02d}.png").write_bytes(picture(700 + number))
+
+
+def write_lines(path: Path) -> None:
+    """Two sound records, and between them lines that are not what JSON should be, each with a picture of its own."""
+    lines = [b'{"path": ".pictures/00.png", "caption": "#dog", "key": "good_first_line"}']
+    for number, line in enumerate(strange_json(), start=1):
+        named = b'{"path": ".pictures/%02d.png", ' % number
+        lines.append(line.replace(b"{", named, 1) if line.startswith(b'{"') else line)
+    lines.append(b'{"path": ".pictures/99.png", "caption": "#dog", "key": "good_last_line"}')
+    path.write_bytes(b"\n".join(lines))
+
+
+def strange_json() -> Iterator[bytes]:
+    yield b'{"caption": "#dog'
+    yield b"17"
+    yield b'["#dog"]'
+    yield b"null"
+    yield b'{"caption": NaN}'
+    yield b'{"caption": "#dog", "weight": 1e999}'
+    yield b'{"caption": ' + b"9" * 10_000 + b"}"
+    yield b'{"caption": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    yield b'{"caption": "#dog", "caption": "#cat"}'
+    yield b'{"caption": "caf\xe9 #dog"}'
+    yield b'{"caption": "#dog \\ud800"}'
+    yield b'{"caption": "#dog \\u0000"}'
+    yield b'{"caption": {"a": [1, 2]}}'
+    yield b'{"caption": true}'
+    yield json.dumps({str(n): n for n in range(50_000)}).encode()
+    yield b""
+    yield b'{"caption": "#dog \x01\x02"}'
+    yield b'{"caption": "' + b"#dog " * (2 << 20) + b'"}'
+    yield b"\x00\x00\x00"
+    yield b'{"caption": "#dog", "path": "/etc/passwd"}'
+    yield b'{"caption": "#dog", "path": "/dev/zero"}'
+    yield b'{"caption": "#dog", "path": "pipe.jpg"}'
+    yield b'{"caption": "#dog", "path": "folder.jpg"}'
+    yield b'{"caption": "#dog", "path": "loop.jpg"}'
+    yield b'{"caption": "#dog", "path": "http://169.254.169.254/latest/meta-data"}'
+    yield b'{"caption": "#dog", "path": "file:///etc/passwd"}'
+    yield b'{"caption": "#dog", "path": "no\\u0000where.png"}'
+    yield b'{"caption": "#dog", "path": "' + b"a/" * 5000 + b'x.png"}'
+
+
+def write_table(path: Path) -> None:
+    rows = [
+        b"path,caption,key",
+        b".pictures/50.png,#dog,good_first_row",
+        b".pictures/51.png",
+        b".pictures/52.png,#dog,too,many,columns",
+        b".pictures/53.png,caf\xe9 #dog,latin",
+        b".pictures/54.png,#dog \x00,zero",
+        b'.pictures/55.png,"#dog""quoted"x,quotes',
+        b".pictures/56.png," + b"#dog " * (1 << 20) + b",long",
+        b",,",
+        b"../../../etc/passwd,#dog,up",
+        b".pictures/57.png,#dog,good_last_row",
+        b'.pictures/58.png,"#dog and a quote that never closes,open',
+    ]
+    path.write_bytes(b"\r\n".join(rows))
+
+
+def write_tars(root: Path) -> None:
+    """Tars of everything a tar can hold, and others that are cut off, damaged, of something else, or bombs."""
+    (root / "strange.tar").write_bytes(strange_tar(1000))
+    (root / "cut.tar").write_bytes(strange_tar(1100)[:5000])
+    whole = strange_tar(1200)
+    (root / "changed.tar").write_bytes(whole[:1024] + random.Random(3).randbytes(512) + whole[1536:])
+    (root / "named.tar").write_bytes(b"not a tar at all")
+    (root / "empty.tar").write_bytes(b"")
+    (root / "cut.tar.gz").write_bytes(gzip.compress(whole, mtime=0)[:3000])
+    (root / "zeros.tar.gz").write_bytes(gzip.compress(bytes(200 << 20), mtime=0))
+
+
+def strange_tar(first: int) -> bytes:
+    """Its pictures begin with this number."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+
+        def add(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
+            member = tarfile.TarInfo(name)
+            member.size, member.type, member.linkname = len(data), kind, link
+            tar.addfile(member, io.BytesIO(data))
+
+        def sample(name: str, number: int) -> None:
+            add(f"{name}.png", picture(first + number))
+            add(f"{name}.txt", b"#dog")
+
+        sample("good_member", 0)
+        unsafe = ("../up", "/etc/cron", "a/../../b", "C:\\boot", "new\nline", "bell\a", "zer\x7fo", "x" * 300)
+        for number, name in enumerate(unsafe, start=1):
+            sample(name, number)
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b"Z"):
+            add(f"kind{kind.decode()}.png", kind=kind, link="/etc/passwd")
+        add("folder.png", kind=tarfile.DIRTYPE)
+        add("empty.png")
+        add("empty.txt", b"#dog")
+        add("lonely.txt", b"#dog")
+        add("cut.png", picture(first + 50)[:200])
+        add("cut.txt", b"#dog")
+        add("deep.png", picture(first + 51))
+        add("deep.json", b"[" * 100_000)
+        for _ in range(2):
+            sample("twice", 52)
+        add("latin.png", picture(first + 53))
+        add("latin.txt", b"caf\xe9 #dog")
+        sample("good_end", 54)
+    return buffer.getvalue()
+
+
+def write_damaged(root: Path, whole: bytes) -> None:
+    """Tables without an end, without a middle, without anything, and noise that begins like one."""
+    (root / "cut.parquet").write_bytes(whole[:-100])
+    (root / "middle.parquet").write_bytes(whole[:2000] + random.Random(6).randbytes(3000) + whole[5000:])
+    (root / "empty.parquet").write_bytes(b"")
+    (root / "noise.arrow").write_bytes(b"ARROW1\0\0" + random.Random(4).randbytes(3000))
+    (root / "noise.csv").write_bytes(random.Random(5).randbytes(3000))
