@@ -16,7 +16,6 @@ some ten times faster.
 """
 
 import functools
-import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -28,29 +27,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 MAX_LENGTH: Final = 100  # characters of one tag; ours: longer ones are text without spaces, never a lemma
-PLANES: Final = (range(0x20000), range(0xE0000, 0xE1000))  # where Unicode has marks and symbols; the rest is ideographs
 KEYCAP: Final = "\u20e3"  # a mark by its category, but it makes an emoji of what is before it
+# Where Unicode has marks and symbols; the rest is ideographs and syllables.
+BLOCKS: Final = ((0x80, 0x3400), (0x4DC0, 0x4E00), (0xA000, 0xAC00), (0xF900, 0x17000), (0x18D00, 0x20000),
+                 (0xE0000, 0xE1000))  # fmt: skip
 
 
-def _ranges(points: Iterable[int]) -> str:
-    """For a regular expression class."""
-    runs = itertools.groupby(enumerate(points), lambda pair: pair[1] - pair[0])
-    ends = ([point for _, point in run] for _, run in runs)
-    return "".join(f"\\U{run[0]:08x}-\\U{run[-1]:08x}" for run in ends)
+def marks_and_emoji(points: npt.NDArray[np.integer]) -> tuple[str, str]:
+    """For a regular expression class each; emoji are symbols that are drawn, and the skin tones."""
+    categories = np.array([*map(unicodedata.category, map(chr, points.tolist()))])
+    marks = (categories.view("U1")[::2] == "M") & (points != ord(KEYCAP))
+    emoji = (categories == "So") | ((points >= 0x1F3FB) & (points <= 0x1F3FF))
+    return _ranges(points[marks]), _ranges(points[emoji])
 
 
-def _is_mark(char: str) -> bool:
-    return unicodedata.category(char)[0] == "M" and char != KEYCAP
+def _ranges(points: npt.NDArray[np.integer]) -> str:
+    breaks = np.flatnonzero(np.diff(points) != 1)
+    starts, ends = points[np.append(0, breaks + 1)], points[np.append(breaks, len(points) - 1)]
+    return "".join(f"\\U{start:08x}-\\U{end:08x}" for start, end in zip(starts.tolist(), ends.tolist(), strict=True))
 
 
-def _is_emoji(char: str) -> bool:
-    """Symbols that are drawn, and the skin tones."""
-    return unicodedata.category(char) == "So" or "\U0001f3fb" <= char <= "\U0001f3ff"
-
-
-_NON_ASCII: Final = [point for plane in PLANES for point in plane if point > 127]
-_MARKS: Final = _ranges(point for point in _NON_ASCII if _is_mark(chr(point)))
-_EMOJI: Final = _ranges(point for point in _NON_ASCII if _is_emoji(chr(point)))
+_MARKS, _EMOJI = marks_and_emoji(np.concatenate([np.arange(*block) for block in BLOCKS]))
 # Format characters (zero-width space, joiners, byte order mark, soft hyphen, direction marks, tag characters), fillers
 # and variation selectors.
 _INVISIBLE: Final = ("\u00ad\u034f\u061c\u115f\u1160\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"

@@ -1,4 +1,5 @@
 import random
+import re
 import sys
 import unicodedata
 
@@ -128,9 +129,13 @@ def test_all_number_signs_are_known():
 
 
 def test_marks_and_emoji_are_those_of_all_planes():
-    for wanted, found in ((hashtags._is_mark, hashtags._MARKS), (hashtags._is_emoji, hashtags._EMOJI)):
-        points = [point for point in range(128, sys.maxunicode + 1) if wanted(chr(point))]
-        assert hashtags._ranges(points) == found
+    everywhere = hashtags.marks_and_emoji(np.arange(128, sys.maxunicode + 1))
+    assert everywhere == (hashtags._MARKS, hashtags._EMOJI)
+    mark, emoji = (re.compile(f"[{ranges}]") for ranges in everywhere)
+    for point in range(128, sys.maxunicode + 1, 7):
+        category = unicodedata.category(chr(point))
+        assert bool(mark.match(chr(point))) == (category in ("Mn", "Mc", "Me") and point != 0x20E3)
+        assert bool(emoji.match(chr(point))) == (category == "So" or 0x1F3FB <= point <= 0x1F3FF)
 
 
 def test_arrays_of_all_kinds_are_read():
