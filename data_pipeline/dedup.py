@@ -10,7 +10,7 @@ A second look (look.py) parts what has the same shape only. Arrays only, no file
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +93,7 @@ def pairs_within(hashes: Hashes, band: int, limits: Limits) -> Iterator[Pairs]:
         return
     hashes = _sorted(hashes, band)
     runs = _runs(hashes.bands[:, band].astype(np.int64))
-    yield from _verified(hashes, hashes, _expand(runs, runs, *_themselves(runs)), range(band), limits, same=True)
+    yield from _verified(hashes, hashes, _within(runs), range(band), limits)
     if limits.radius:
         for bit in range(BAND_BITS):
             left, right = _partners(runs, runs, 1 << bit)
@@ -104,12 +104,14 @@ def pairs_within(hashes: Hashes, band: int, limits: Limits) -> Iterator[Pairs]:
 
 def _by_two_bands(hashes: Hashes, band: int, limits: Limits) -> Iterator[Pairs]:
     """Up to 14 bits apart, two bands agree. Buckets of 32 bits hold few strangers however many hashes there are."""
+    bands = np.ascontiguousarray(hashes.bands.T)  # 16 N
     for second in range(band + 1, BANDS):
-        ordered = _sorted(_sorted(hashes, second), band)
-        bands = ordered.bands
-        runs = _runs(bands[:, band].astype(np.int64) << BAND_BITS | bands[:, second])
+        order = np.argsort(bands[second], kind="stable")
+        order = order[np.argsort(bands[band][order], kind="stable")]  # twice 16 bits: a radix sort each
+        runs = _runs(bands[band][order].astype(np.uint32) << BAND_BITS | bands[second][order])
+        candidates = ((order[i], order[j]) for i, j in _within(runs))
         earlier = [*range(band), *range(band + 1, second)]
-        yield from _verified(ordered, ordered, _expand(runs, runs, *_themselves(runs)), earlier, limits, same=True)
+        yield from _verified(hashes, hashes, candidates, earlier, limits)
 
 
 def pairs_between(first: Hashes, second: Hashes, band: int, bit: int, limits: Limits) -> Iterator[Pairs]:
@@ -123,7 +125,7 @@ def pairs_between(first: Hashes, second: Hashes, band: int, bit: int, limits: Li
 class _Runs(NamedTuple):
     """Stretches of equal band values in a sorted block."""
 
-    value: Ints
+    value: NDArray[Any]
     start: Ints
     count: Ints
 
@@ -133,15 +135,17 @@ def _sorted(hashes: Hashes, band: int) -> Hashes:
     return Hashes(hashes.ids[order], hashes.words[order], hashes.kinds[order])
 
 
-def _runs(values: Ints) -> _Runs:
+def _runs(values: NDArray[Any]) -> _Runs:
     start = np.flatnonzero(np.r_[True, values[1:] != values[:-1]]) if len(values) else np.empty(0, np.int64)
     return _Runs(values[start], start, np.diff(start, append=len(values)))
 
 
-def _themselves(runs: _Runs) -> tuple[Ints, Ints]:
-    """Runs that have pairs within."""
+def _within(runs: _Runs) -> Iterator[tuple[Ints, Ints]]:
+    """Every two positions of a run."""
     several = np.flatnonzero(runs.count > 1)
-    return several, several
+    for i, j in _expand(runs, runs, several, several):
+        upper = i < j
+        yield i[upper], j[upper]
 
 
 def _partners(left: _Runs, right: _Runs, flip: int) -> tuple[Ints, Ints]:
@@ -180,14 +184,9 @@ def _verified(
     candidates: Iterator[tuple[Ints, Ints]],
     earlier: Sequence[int],
     limits: Limits,
-    *,
-    same: bool = False,
 ) -> Iterator[Pairs]:
     """Those near enough that no `earlier` band has found."""
     for i, j in candidates:
-        if same:
-            upper = i < j
-            i, j = i[upper], j[upper]
         distance = distances(left.words[i], right.words[j])
         close = distance <= max(limits)
         i, j, distance = i[close], j[close], distance[close]

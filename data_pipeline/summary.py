@@ -91,6 +91,15 @@ def print_counts(printer: Printer, manifest: dict[str, Any]) -> None:
         rows = [(reason, number, share(number, read)) for reason, number in reasons if number]
         if rows:
             printer.table(title, ("reason", "images", ""), rows, right=(1, 2))
+    if manifest.get("contamination"):
+        _print_contamination(printer, manifest["contamination"])
+
+
+def _print_contamination(printer: Printer, sets: list[dict[str, Any]]) -> None:
+    columns = ("evaluation set", "pictures", "unreadable", "exact copy", "near copy", "training images", "")
+    names = ("set", "pictures", "unreadable", "exact", "near", "training_images", "action")
+    rows = [[one[name] for name in names] for one in sets]
+    printer.table("Evaluation pictures with a copy in the corpus", columns, rows, right=(1, 2, 3, 4, 5))
 
 
 def print_labels(printer: Printer, vocabulary: list[VocabularyEntry], top: int) -> None:
