@@ -58,7 +58,8 @@ class RayRunner:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
                 f"no Ray cluster at --address {self.address} ({reason}); start one with `ray start --head`, or use "
-                "--address local for a Ray on this machine"
+                "--address local for a Ray on this machine; one with token authentication needs its token here, in "
+                "~/.ray/auth_token or RAY_AUTH_TOKEN"
             ) from None
         return self
 

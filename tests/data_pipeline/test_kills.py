@@ -23,7 +23,7 @@ TARGETS = ("everything", "parent", "workers", "one worker")
 def corpus(make, tmp_path_factory) -> Path:
     """Rows and files, good and bad, in more tasks than there are workers."""
     folder = tmp_path_factory.mktemp("kills") / "in"
-    rows = make.rows(60)
+    rows = make.rows(40)
     for number, row in enumerate(rows):
         if number % 10 == 3:
             row["image"] = row["image"][:100]
@@ -47,8 +47,9 @@ def whole(make, corpus, tmp_path_factory) -> tuple[dict[str, str], float]:
     return make.hashes(output), time.monotonic() - start
 
 
+@pytest.mark.timeout(600)  # some seconds alone; but every build here starts three processes
 def test_a_build_killed_at_random_moments_ends_byte_identical(make, corpus, whole, tmp_path):
-    killed_until_done(make, corpus, whole, tmp_path, kills=6, seed=1)
+    killed_until_done(make, corpus, whole, tmp_path, kills=4, seed=1)
 
 
 @pytest.mark.slow
@@ -80,10 +81,10 @@ def killed_until_done(make, corpus: Path, whole: tuple[dict[str, str], float], f
 def assert_each_record_once(output: Path, corpus: Path) -> None:
     shards = ShardSet.open(output)
     keys = [shards.record(n, row)["key"] for n, size in enumerate(shards.shard_sizes) for row in range(size)]
-    rows = {f"k{n:03d}" for n in range(60) if n % 10 not in (3, 7, 9)}
+    rows = {f"k{n:03d}" for n in range(40) if n % 10 not in (3, 7, 9)}
     assert sorted(keys) == sorted(rows | {f"photos/photo{n:02d}" for n in range(20) if n != 3})
     counts = shards.manifest["counts"]
-    assert counts["read"] == 80 == len(keys) + sum(counts["dropped"].values())
+    assert counts["read"] == 60 == len(keys) + sum(counts["dropped"].values())
 
 
 def started(corpus: Path, output: Path) -> subprocess.Popen[bytes]:
