@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +15,7 @@ BLOCK = 1 << 20
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the name `path` only when the block ends well; a killed writer leaves a `.tmp` beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.randbits(64)}.tmp")  # two machines may have equal process ids
     try:
         with temporary.open("wb") as file:
             yield file
