@@ -49,12 +49,11 @@ __all__ = [
 MAX_PIXELS: Final = 100_000_000  # our choice: above any camera picture of a web corpus, 400 MB once decoded to RGBA
 MAX_BYTES: Final = 64 << 20  # our choice: one picture must not fill a worker's memory; sources read no larger files
 MAX_SCANS: Final = 64  # our choice: progressive JPEGs have about ten; thousands keep a decoder busy for hours
-# Our choice: a JPEG that is to shrink is decoded at 1/2, 1/4 or 1/8 of its size while that leaves 1.25 pixels for each
-# one wanted. It saves a third of the time, and changes a picture less than the choice of a filter does (30 dB and more
-# to full decoding: benchmarks/README.md).
-DECODE_MARGIN: Final = 1.25
-# Sharper than area averaging, free of ringing, and half the time of bicubic, which it equals to 36 dB and more.
-FILTER: Final = Image.Resampling.HAMMING
+# Our choice: a JPEG that is to shrink is decoded at 1/2, 1/4 or 1/8 of its size while that leaves 1.1 pixels for each
+# one wanted. It saves up to five sixths of the time, and changes a picture no more than the choice of a filter does:
+# 28 dB and more to full decoding, 37 as a rule (benchmarks/README.md).
+DECODE_MARGIN: Final = 1.1
+BICUBIC_BELOW: Final = 1.3  # pixels for each one wanted; from there on Hamming is as sharp and takes half of the time
 HASH_SIDE: Final = 128  # pixels that are enough for the perceptual hash, twice the side it works with
 
 KEPT_AS_IS: Final = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # format -> extension in the shard
@@ -250,7 +249,9 @@ class _Pixels:
         image = self.image
         if size is not None:
             stored = size if self.orientation < 5 else (size[1], size[0])
-            image = image.resize(stored, FILTER, reducing_gap=3.0)
+            few = image.width < BICUBIC_BELOW * stored[0]
+            kind = Image.Resampling.BICUBIC if few else Image.Resampling.HAMMING
+            image = image.resize(stored, kind, reducing_gap=3.0)
         image = srgb.to_rgb(image, self.transform)
         if self.orientation > 1:
             image = image.transpose(_TURNS[self.orientation])

