@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.columns import DamagedFile, batch_rows, choose, damaged, to_source
+from data_pipeline.sources.columns import DAMAGE, DamagedFile, batch_rows, choose, damaged, to_source
 from data_pipeline.sources.fields import Columns
 from data_pipeline.sources.location import File, Reading, local, open_at, printable
 from data_pipeline.sources.pieces import GUESSED_BYTES, Slice
@@ -58,9 +58,10 @@ def pieces(file: File, stem: str, piece_rows: int, reading: Reading) -> list[Pie
     try:
         with open_at(file, reading) as stream:
             schema = _open(stream).schema
-    except (OSError, pa.ArrowException) as error:
+            names = schema.names  # here, where a damaged one is noticed
+    except DAMAGE as error:
         raise DamagedFile(name, "Arrow", error) from None
-    columns = choose(name, schema, reading)
+    columns = choose(name, schema, names, reading)
     if local(file.url) is None:
         return [Piece(file, stem, columns, 0, None, 0, max(1, file.size // GUESSED_BYTES), reading)]
     found: list[Piece] = []
@@ -94,7 +95,7 @@ def _batches(file: File, reading: Reading, first: int, stop: int | None) -> Iter
                         return
                     if number >= first:
                         yield batch
-    except (OSError, pa.ArrowException) as error:
+    except DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"cannot read {printable(file.url)} ({error.strerror or error})") from None
         yield None
@@ -126,6 +127,6 @@ def _is_sound(batch: pa.RecordBatch, columns: Columns) -> bool:
                 values = column.values
                 kind = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(values.type)
                 (values.view(kind) if kind is not None else values).validate(full=True)
-    except (pa.ArrowException, NotImplementedError):
+    except DAMAGE:
         return False
     return True

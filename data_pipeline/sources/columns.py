@@ -14,6 +14,8 @@ from data_pipeline.sources.fields import MAX_TEXT, BadRecord, Columns, find_colu
 from data_pipeline.sources.location import Reading
 
 SHOWN: Final = 40  # columns in a message
+# What pyarrow raises on damaged files; UnicodeDecodeError for a damaged name of a column is a ValueError.
+DAMAGE: Final = (OSError, pa.ArrowException, ValueError, KeyError, IndexError, TypeError, OverflowError)
 
 
 class DamagedFile(DataError):
@@ -33,13 +35,13 @@ class NotCaptionedImages(DataError):
         self.short = why
 
 
-def choose(name: str, schema: pa.Schema, reading: Reading) -> Columns:
+def choose(name: str, schema: pa.Schema, names: list[str], reading: Reading) -> Columns:
     """The columns to read; NotCaptionedImages if they are not there or of another kind."""
-    columns = find_columns(tuple(schema.names), reading)
-    check_present(name, columns, schema.names, reading, ("image",))
-    repeated = [column for column in columns.all if schema.names.count(column) > 1]
+    columns = find_columns(tuple(names), reading)
+    check_present(name, columns, names, reading, ("image",))
+    repeated = [column for column in columns.all if names.count(column) > 1]
     if repeated:
-        raise NotCaptionedImages(name, f"column {repeated[0]} is there twice", schema.names)
+        raise NotCaptionedImages(name, f"column {repeated[0]} is there twice", names)
     for column, fits, wanted in (
         (columns.image, _is_image, "bytes or a struct with bytes"),
         (columns.caption, _is_text, "text"),
@@ -47,7 +49,7 @@ def choose(name: str, schema: pa.Schema, reading: Reading) -> Columns:
     ):
         if column is not None and not fits(schema.field(column).type):
             kind = schema.field(column).type
-            raise NotCaptionedImages(name, f"column {column} is {kind}, not {wanted}", schema.names)
+            raise NotCaptionedImages(name, f"column {column} is {kind}, not {wanted}", names)
     return columns
 
 

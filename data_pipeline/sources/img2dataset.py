@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from data_pipeline.errors import DataError
 from data_pipeline.schema import SOURCE
+from data_pipeline.sources.columns import DAMAGE
 from data_pipeline.sources.fields import SUCCESS, BadRecord, key, status_problem, text
 from data_pipeline.sources.location import File, Reading, open_at, printable
 from data_pipeline.sources.pieces import Slice
@@ -44,7 +45,7 @@ class Failures:
                     number += len(rows)
                     if rows:
                         yield pa.Table.from_pylist(rows, schema=SOURCE)
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        except DAMAGE as error:
             raise DataError(f"{printable(self.file.url)} is damaged or cannot be read: {error}") from None
 
     def part(self, start: int, stop: int) -> Slice:
@@ -68,7 +69,7 @@ def failures(file: File, stem: str, reading: Reading) -> list[Failures] | None:
             if not {"url", "status"} <= set(names) or {"jpg", "png", "webp", "image"} & set(names):
                 return None
             status = opened.read(["status"])["status"].to_pylist()
-    except (OSError, pa.ArrowException):
+    except DAMAGE:
         return None
     count = sum(value != SUCCESS for value in status)
     return [Failures(file, stem, count, reading)] if count else []

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.columns import DamagedFile, batch_rows, choose, damaged, to_source
+from data_pipeline.sources.columns import DAMAGE, DamagedFile, batch_rows, choose, damaged, to_source
 from data_pipeline.sources.fields import Columns
 from data_pipeline.sources.location import File, Reading, open_at, printable
 from data_pipeline.sources.pieces import Slice
@@ -59,7 +59,7 @@ class Piece:
                         return
                     yield to_source(batch, self.columns, row + done, self.stem)
                     done += len(batch)
-        except (OSError, pa.ArrowException) as error:
+        except DAMAGE as error:
             if isinstance(error, OSError) and error.errno is not None:  # the system's, not Arrow's about the content
                 raise DataError(f"cannot read {printable(self.file.url)} ({error.strerror or error})") from None
 
@@ -70,9 +70,10 @@ def pieces(file: File, stem: str, piece_rows: int, reading: Reading) -> list[Pie
     try:
         with open_at(file, reading) as stream, pq.ParquetFile(stream) as opened:
             schema, metadata = opened.schema_arrow, opened.metadata
-    except (OSError, pa.ArrowException) as error:
+            names = schema.names  # here, where a damaged one is noticed
+    except DAMAGE as error:
         raise DamagedFile(name, "Parquet", error) from None
-    columns = choose(name, schema, reading)
+    columns = choose(name, schema, names, reading)
     found: list[Piece] = []
     groups: list[tuple[int, int, int]] = []
     start = rows = 0

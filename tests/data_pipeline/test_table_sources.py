@@ -1,8 +1,11 @@
 """Arrow files, tables that name pictures, sidecars, patterns, weights: what may be named, what is dropped for what."""
 
 import csv
+import io
 import json
 import os
+import random
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -308,3 +311,53 @@ def test_an_unfinished_build_notices_a_changed_input_by_its_time(make, tmp_path,
     os.utime(path, (1, 1))
     result = run(*arguments)
     assert (result.code, "other times or checksums" in result.err) == (1, True)
+
+
+# ------------------------------------------------------------------------------------------------------------- damages
+
+
+def whole_files(make) -> dict[str, bytes]:
+    table = pa.Table.from_pylist([row | {"hashtags": ["a", "b"]} for row in make.rows(9)])
+    found = {
+        "csv": b"path,caption\n" + b'1.png,"a #dog\n, b"\n' * 9,
+        "jsonl": b'{"path": "1.png", "caption": "#dog"}\n' * 9,
+    }
+    for kind in ("parquet", "stream", "file", "tar"):
+        sink = io.BytesIO()
+        if kind == "parquet":
+            pq.write_table(table, sink, row_group_size=4)
+        elif kind == "tar":
+            with tarfile.open(fileobj=sink, mode="w") as archive:
+                for name, data in [
+                    (f"{n}.{end}", data) for n in range(4) for end, data in (("png", b"x" * 700), ("txt", b"#dog"))
+                ]:
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+        else:
+            with (pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file)(sink, table.schema) as writer:
+                writer.write_table(table, 4)
+        found[kind] = sink.getvalue()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "stream", "file", "tar"])
+def test_whatever_happens_to_a_file_it_is_read_or_refused(make, tmp_path, kind):
+    """Bytes changed, taken out and put in at random; as many rows come as were promised, or one line says why not."""
+    chance = random.Random(kind)
+    whole = whole_files(make)[kind]
+    path = tmp_path / f"t.{kind}"
+    for _ in range(40):
+        data = bytearray(whole)
+        for _ in range(chance.choice([1, 2, 5])):
+            place = chance.randrange(len(data))
+            taken = chance.choice([0, 1, 1, 8, 300])
+            data[place : place + taken] = chance.choice(
+                [b"", b"\xff" * 8, b"\0" * 8, b"7" * 8, chance.randbytes(taken)]
+            )
+            data = data or bytearray(1)
+        path.write_bytes(data)
+        try:
+            read(path)
+        except DataError as error:
+            assert str(tmp_path) in str(error)
