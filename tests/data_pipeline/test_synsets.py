@@ -111,6 +111,21 @@ def test_every_policy_gives_what_a_loop_over_the_tags_gives(nouns):
         assert counts["hashtags"] == sum(map(len, rows)) == sum(counts[name] for name in outcomes)
 
 
+def test_tags_of_a_batch_have_the_senses_that_each_has_alone(nouns):
+    """Most are no noun, which is seen without looking each up: plurals and odd spellings must not be among those."""
+    rng = random.Random(1)
+    lemmas = rng.sample(nouns.lemmas["squashed"].to_pylist(), 800)
+    irregular = rng.sample(nouns.exceptions["plural"].to_pylist(), 200)
+    endings = ("", "s", "es", "ies", "men", "mice", "a", "i", "123", "x")
+    plurals = [lemma[: rng.choice((None, -1))] + rng.choice(endings) for lemma in lemmas]
+    compounds = [rng.choice(lemmas) + plural for plural in irregular]
+    odd = ["Dog", "DOGS", "golden_retriever", "golden-retrievers", "cafés", "犬", "a", "s", "ss", "workmen", "no_noun"]
+    tags = sorted({*lemmas, *plurals, *irregular, *compounds, *odd})
+    candidates = batch(nouns, [tags])
+    assert candidates.senses == [tuple(nouns.senses(tag)) for tag in tags]
+    assert 500 < sum(map(bool, candidates.senses)) < len(tags) - 200
+
+
 def test_a_part_of_a_table_is_looked_up_like_the_whole(nouns):
     rows = pa.array([["bat"], ["dog", "cat"], None, ["bat", "happy"], ["cat"]], STRINGS)
     whole = choose(TagTable(nouns).candidates(rows), "first")[0]

@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import logging
 import re
 import zipfile
@@ -44,6 +45,23 @@ def test_a_synset_has_a_gloss_examples_and_the_file_of_its_kind(nouns):
     assert nouns.synsets["examples"][row].as_py() == ["the dog barked all night"]
     assert all(nouns.synsets["gloss"].to_pylist())
     assert len(set(nouns.synsets["lexname"].to_pylist())) == 26
+
+
+def test_every_noun_is_found_under_its_squashed_key_with_all_its_senses(nouns):
+    """Read from index.noun once more, without any of our code."""
+    rows = {int(wnid[1:]): row for row, wnid in enumerate(nouns.synsets["wnid"].to_pylist())}
+    with zipfile.ZipFile(wordnet.ARCHIVE) as archive:
+        lines = archive.read("wordnet/index.noun").decode().splitlines()
+    spellings: dict[str, list[list[int]]] = {}
+    for lemma, _, number, *rest in (line.split() for line in lines if not line.startswith(" ")):
+        key = re.sub("[-_'./]", "", lemma)
+        spellings.setdefault(key, []).append([rows[int(offset)] for offset in rest[-int(number) :]])
+    lost = []
+    for key, senses in spellings.items():
+        found = nouns.senses(key)
+        if sorted(found) != sorted({*itertools.chain(*senses)}) or (len(senses) == 1 and found != senses[0]):
+            lost.append(key)
+    assert lost == []
 
 
 def test_the_uses_of_a_sense_are_those_of_princetons_tagged_texts(nouns):
