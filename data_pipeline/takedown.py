@@ -283,12 +283,12 @@ def _stage(shards: ShardSet, chosen: Mapping[int, set[int]], outcome: Outcome, k
             continue
         if problems := shardset.verify_shard(path / "shards", entry):
             raise DataError(f"{problems[0]}; nothing was taken down")
+        index = shards.index(number).to_pylist()
         for row in chosen[number]:
-            index = shards.index(number)
-            repeats += index["repeat"][row].as_py()
-            if "+" not in index["key"][row].as_py():
+            repeats += index[row]["repeat"]
+            if "+" not in index[row]["key"]:
                 pictures += 1
-                mine = index["labels"][row].as_py()
+                mine = index[row]["labels"]
                 outcome.labelled += bool(mine)
                 labels += len(mine)
                 for label in mine:
@@ -297,7 +297,7 @@ def _stage(shards: ShardSet, chosen: Mapping[int, set[int]], outcome: Outcome, k
         if len(chosen[number]) == entry["samples"]:
             gone.extend(names)
             continue
-        kept = (_sample(shards, number, row) for row in range(entry["samples"]) if row not in chosen[number])
+        kept = (_sample(shards, number, row, found) for row, found in enumerate(index) if row not in chosen[number])
         entries.append(dict(shardset.write_shard(stage / "shards", entry["name"], kept)))
         files.extend(names)
     vocabulary.recount(path / "vocabulary.parquet", stage / "vocabulary.parquet", fewer)
@@ -329,8 +329,7 @@ def _forget_copies(shards: ShardSet, keys: Collection[str], output: Path) -> boo
     return True
 
 
-def _sample(shards: ShardSet, shard: int, row: int) -> Sample:
-    found = shards.index(shard).slice(row, 1).to_pylist()[0]
+def _sample(shards: ShardSet, shard: int, row: int, found: dict[str, Any]) -> Sample:
     extension = found["member"].rpartition(".")[2]
     return Sample(
         found["key"], shards.image_bytes(shard, row), extension, shards.record(shard, row), found["labels"],
