@@ -1,6 +1,7 @@
 """A worker that dies costs the record that killed it: everything else comes through, on every runner."""
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -153,12 +154,10 @@ def test_a_worker_killed_while_idle_is_replaced(runner):
     assert dict(runner.run(job)) == {n: n * n for n in range(8)}
 
 
-def test_two_workers_start_in_less_than_a_second():
-    """The best of three: other tests may be running beside this one."""
-    seconds = []
-    for _ in range(3):
-        start = time.monotonic()
-        with LocalRunner(2) as runner:
-            assert dict(runner.run([Call(mishaps.square, (n,)) for n in range(4)])) == {n: n * n for n in range(4)}
-        seconds.append(time.monotonic() - start)
-    assert min(seconds) < 1.0
+def test_two_workers_cost_less_than_a_second_of_a_core():
+    """From nothing to the last answer. Time on the wall would depend on what else this machine does."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with LocalRunner(2) as runner:
+        assert dict(runner.run([Call(mishaps.square, (n,)) for n in range(4)])) == {n: n * n for n in range(4)}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
