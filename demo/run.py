@@ -36,6 +36,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI = Path("demo/emoji")
+EVALUATION = EMOJI / "eval-emojione.parquet"
 SEEDS = (0, 1)
 PROBES = ("linear", "knn", "lowshot")
 SIDE_BY_SIDE = 2  # commands at a time: more would share one GPU, or memory, for little
@@ -44,7 +45,13 @@ TOKEN = (
     "MAWS_DEMO_FOLDER"  # in the environment of everything started here: what a killed call left behind is known by it
 )
 LIBRARIES = ("torch", "torchvision", "deepspeed", "timm", "transformers", "nltk", "pyarrow", "pillow", "numpy")
-DATA_CODE = ("data_pipeline/**/*.py", "data_pipeline/wordnet30/**/*")
+DATA_CODE = (
+    "data_pipeline/**/*.py",
+    "data_pipeline/wordnet30/**/*",
+    "data_pipeline/deny_list.yaml",
+    "!data_pipeline/report*.py",
+)
+PAGE_CODE = ("data_pipeline/report*.py", "data_pipeline/pages/*")
 TRAIN_CODE = ("maws/**/*.py", "ds_configs/*.json", "data_pipeline/shardset.py", "data_pipeline/images.py")
 REPORT_CODE = ("eval/report*.py", "eval/figures.py", "eval/pages/*")
 EVAL_CODE = ("eval/**/*.py", "eval/prompts/*", "maws/models/*.py", "maws/data/*.py", "maws/release.py", *DATA_CODE[:1])
@@ -93,8 +100,13 @@ def chain(out: str, ranks: int, gpus: int = 0, preset: str = "demo", seeds: Sequ
     vendors = [name for name in glob.glob(str(EMOJI / "*.parquet"), root_dir=ROOT) if not _is_label_file(name)]
     shards, manifest = f"{out}/shards", f"{out}/shards/manifest.json"
     # MAE, LiT and the probes use pictures without a synset too; WSP passes over them
-    build = ("python", "-m", "data_pipeline", "build", "--input", str(EMOJI), "--output", shards, "--keep-unlabelled")
-    steps = [Step("shards", build, tuple(sorted(vendors)), (manifest,), DATA_CODE, folder=shards)]
+    build = ("python", "-m", "data_pipeline", "build", "--input", str(EMOJI), "--output", shards, "--keep-unlabelled",
+             "--exclude-eval", str(EVALUATION))  # fmt: skip
+    page = ("python", "-m", "data_pipeline", "report", shards)
+    steps = [
+        Step("shards", build, (*sorted(vendors), str(EVALUATION)), (manifest,), DATA_CODE, folder=shards),
+        Step("data-page", page, (manifest,), (f"{shards}/report.html",), PAGE_CODE, side_by_side=True),
+    ]
 
     def train(stage: str, run: str, seed: int = 0, init_from: str | None = None, alone: bool = False) -> None:
         command = ["python"] if alone else ["deepspeed", "--num_gpus", str(ranks)]
@@ -112,7 +124,7 @@ def chain(out: str, ranks: int, gpus: int = 0, preset: str = "demo", seeds: Sequ
         run: str, evaluators: Sequence[str], train_on: str | None = shards, settings: Sequence[str] = (),
         templates: str | None = None,
     ) -> None:  # fmt: skip
-        data, classes, labels = EMOJI / "eval-emojione.parquet", EMOJI / "classes.json", EMOJI / "train-labels.parquet"
+        data, classes, labels = EVALUATION, EMOJI / "classes.json", EMOJI / "train-labels.parquet"
         command = ["python", "-m", "eval", *evaluators, "--run", f"{out}/{run}"]
         command += ["--train", train_on, "--train-labels", str(labels)] if train_on else []
         command += ["--data", str(data), "--classes", str(classes)] + (["--set", *settings] if settings else [])

@@ -87,7 +87,7 @@ def test_the_demo_runs_the_commands_of_the_readme():
         step.name: frozenset(word for word in step.command if word not in ("--resume", "auto"))
         for step in demo.chain("runs/demo", ranks=2)
     }
-    for name in ("shards", "mae", "mae_wsp", "lit", "eval-lit", "report"):
+    for name in ("shards", "data-page", "mae", "mae_wsp", "lit", "eval-lit", "report"):
         assert chain[name] in documented, name
 
 
