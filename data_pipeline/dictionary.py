@@ -1,7 +1,7 @@
 """Princeton's noun files -> tables: what wordnet.py looks things up in.
 
 The files are lines of words, described in wndb(5WN); wordnet30/README.md says which they are. Reading them takes about
-two seconds; nltk, which gives the same (tests/data_pipeline/test_wordnet.py), takes ten.
+two seconds; nltk, which gives the same (tests/data_pipeline/test_wordnet.py), takes five times as long.
 """
 
 import re
