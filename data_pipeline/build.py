@@ -455,6 +455,8 @@ def _reasons(counts: Counts) -> str:
 
 def _advice(counts: Counts, settings: Settings) -> str:
     dropped = counts["dropped"]
+    if dropped.get("not_in_vocabulary"):
+        return f"no synset of the others is a class of --vocabulary {settings.vocabulary}; use --keep-unlabelled"
     if dropped.get("below_min_count"):
         return f"lower --min-count (now {settings.min_count}) or use --keep-unlabelled"
     if any(dropped.get(reason) for reason in ("no_hashtags", "no_synset", "no_caption")):

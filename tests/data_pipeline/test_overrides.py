@@ -159,6 +159,22 @@ def test_non_visual_needs_every_way_up_and_sensitive_only_one(load, names):
     assert names["woman.n.01"] not in removed
 
 
+def test_animals_plants_food_places_and_things_stay(load, names, nouns):
+    removed = load(deny="all").removed
+    below: dict[str, set[int]] = {"animal.n.01": set(), "plant.n.02": set(), "food.n.02": set(), "location.n.01": set()}
+    below |= {"artifact.n.01": set(), "geological_formation.n.01": set(), "phenomenon.n.01": set()}
+    parents = nouns.synsets["hypernyms"].to_pylist()
+    for branch, found in below.items():
+        found.add(names[branch])
+        size = 0
+        while size < len(found):
+            size = len(found)
+            found |= {row for row, above in enumerate(parents) if found & set(above)}
+    denied = {nouns.synset(row).name for found in below.values() for row in found if row in removed}
+    assert sum(map(len, below.values())) > 20_000
+    assert denied == {"massage_parlor.n.01", "whorehouse.n.01", "bitch.n.04"}
+
+
 def test_one_part_of_the_list_can_be_in_force(load):
     both, first, second = (load(deny=deny).removed for deny in ("all", "non-visual", "sensitive"))
     assert both.keys() == first.keys() | second.keys()

@@ -123,6 +123,9 @@ def test_a_second_set_with_the_classes_of_the_first(build, run, make, tmp_path):
     assert "of a frozen vocabulary" in text
     result = run("build", "--input", tmp_path / "in.parquet", "--output", second, "--vocabulary", second)
     assert (result.code, "copy it first" in result.err) == (2, True)
+    strangers = make.parquet(tmp_path / "strangers.parquet", [row | {"caption": "#aardvark"} for row in make.rows(2)])
+    result = run("build", "--input", strangers, "--output", tmp_path / "none", "--vocabulary", first, "--workers", 0)
+    assert (result.code, "no synset of the others is a class of --vocabulary" in result.err) == (1, True)
 
 
 def test_the_asked_size_is_met_as_ties_allow(build, make):
