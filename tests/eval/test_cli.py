@@ -37,8 +37,9 @@ def test_the_fields_of_a_result(evaluate, run, paths, files):
     assert evaluate("lowshot", "--run", run, *paths, *FAST, "k=1", "--seed", 7).code == 0
     line = json.loads((run / "results.jsonl").read_text().splitlines()[0])
     assert list(line) == [
-        "run", "evaluator", "metric", "value", "n", "seed", "config", "hashes", "lineage", "time",
+        "run", "evaluator", "metric", "value", "n", "seed", "config", "hashes", "lineage", "time", "contamination",
     ]  # fmt: skip
+    assert line["contamination"]["status"] == "not checked"  # of this run only the weights are there
     assert (line["run"], line["evaluator"], line["metric"]) == (str(run), "lowshot", "1-shot/linear/top1")
     assert 0 <= line["value"] <= 1 and line["n"] == 28 and line["seed"] == 7 and line["lineage"] == ["wsp"]
     config = line["config"]
