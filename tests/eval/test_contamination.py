@@ -11,7 +11,7 @@ from data_pipeline.build import build
 from data_pipeline.runners.local import LocalRunner
 from data_pipeline.shardset import ShardSet
 from data_pipeline.steps import Settings
-from eval import contamination, results
+from eval import contamination, report, results
 from eval.datasets import open_data
 from tests.eval.conftest import Files, corpus, write_parquet
 
@@ -120,3 +120,14 @@ def test_what_cannot_be_known_is_said_to_be_not_checked(run, files, removed, tmp
     (run / "config.json").write_text("[]")
     assert "damaged" in why()
     assert "older than the check" in contamination.sentence({})
+
+
+def test_the_page_shows_it_beside_the_scores(tmp_path):
+    known = {"status": "checked", "pictures": 28, "checked": 28, "exact": 0, "near": 0, "left_in_training": 0}
+    line = {"evaluator": "knn", "metric": "top1", "value": 0.5, "n": 28, "seed": 0, "config": {}, "hashes": {},
+            "lineage": ["mae"], "time": "2026-01-01"}  # fmt: skip
+    results.append(tmp_path / "results.jsonl", [results.Result(run="a", contamination=known, **line)])
+    results.append(tmp_path / "results.jsonl", [results.Result(run="b", **line)])
+    page = report.render(tmp_path)
+    assert "a: copies of evaluation pictures in the training data: 28 pictures were looked for, none has one." in page
+    assert "b: copies of evaluation pictures in the training data: not checked" in page
