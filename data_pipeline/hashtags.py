@@ -44,7 +44,7 @@ def marks_and_emoji(points: npt.NDArray[np.integer]) -> tuple[str, str]:
 def _ranges(points: npt.NDArray[np.integer]) -> str:
     breaks = np.flatnonzero(np.diff(points) != 1)
     starts, ends = points[np.append(0, breaks + 1)], points[np.append(breaks, len(points) - 1)]
-    return "".join(f"\\U{start:08x}-\\U{end:08x}" for start, end in zip(starts.tolist(), ends.tolist(), strict=True))
+    return "".join(f"{chr(start)}-{chr(end)}" for start, end in zip(starts.tolist(), ends.tolist(), strict=True))
 
 
 _MARKS, _EMOJI = marks_and_emoji(np.concatenate([np.arange(*block) for block in BLOCKS]))
@@ -224,23 +224,24 @@ def _table() -> Kinds:
 
 
 _SPECIAL: Final = {"#": SIGN, "&": BLOCK, "/": BLOCK, SEPARATOR: BORDER}
-_CLASSES: Final = {
-    WORD: re.compile(f"[{_WORD}]"),
-    UNSPACED: re.compile(f"[{_UNSPACED}]"),
-    EMOJI: re.compile(f"[{_EMOJI}]"),
-}
-# What goes away or composes with its neighbours: marks, single letters of Hangul, vowels of Kirat Rai.
-_COMPLEX: Final = re.compile(
-    rf"[{_MARKS}{KEYCAP}{_INVISIBLE}\u1100-\u11ff\ua960-\ua97f\ud7b0-\ud7ff\U00016d63-\U00016d6a]"
-)
+
+
+@functools.cache
+def _patterns() -> tuple[dict[int, re.Pattern[str]], re.Pattern[str]]:
+    """Compiled when first needed: it takes as long as importing the rest of this file."""
+    classes = {WORD: _WORD, UNSPACED: _UNSPACED, EMOJI: _EMOJI}
+    # What goes away or composes with its neighbours: marks, single letters of Hangul, vowels of Kirat Rai.
+    unstable = f"{_MARKS}{KEYCAP}{_INVISIBLE}\u1100-\u11ff\ua960-\ua97f\ud7b0-\ud7ff\U00016d63-\U00016d6a"
+    return {bit: re.compile(f"[{chars}]") for bit, chars in classes.items()}, re.compile(f"[{unstable}]")
 
 
 def _kind(char: str) -> int:
+    classes, unstable = _patterns()
     kind = _SPECIAL.get(char, 0) | (LETTER if char.isalpha() else 0)
     both = char + char.casefold()  # an ill letter can come of case folding, as the dot of İ does
-    if _COMPLEX.search(both) or not all(unicodedata.is_normalized("NFKC", part) for part in both):
+    if unstable.search(both) or not all(unicodedata.is_normalized("NFKC", part) for part in both):
         kind |= COMPLEX
-    return sum((bit for bit, pattern in _CLASSES.items() if pattern.match(char)), kind)
+    return sum((bit for bit, pattern in classes.items() if pattern.match(char)), kind)
 
 
 def _skip_emoji(codes: Codes, kinds: Kinds) -> tuple[Codes, Kinds]:
