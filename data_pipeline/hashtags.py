@@ -12,7 +12,7 @@ Rules, in order (what the papers leave open is said to be ours):
   the first of equal tags stays.
 
 `extract` is the definition, one caption at a time; `extract_batch` gives the same tags from an Arrow array of captions,
-some ten times faster.
+several times as fast (benchmarks/labels.py).
 """
 
 import functools
