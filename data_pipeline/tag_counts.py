@@ -14,6 +14,7 @@ from data_pipeline.synsets import Candidates
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
+UNIT: Final = 1 << 20  # probabilities are rounded to one part of it: sums of billions of them are then exact
 MOST_UNMAPPED: Final = 20_000  # tags that name nothing and are listed: people invent them without end
 
 PART: Final = pa.schema(
@@ -39,7 +40,8 @@ def count(candidates: Candidates, chosen: Ints | None, probability: Floats | Non
         per_sense = np.bincount(candidates.start[candidates.tag[meant]] + chosen[meant], minlength=int(sizes.sum()))
     certainty = np.zeros(len(used))
     if probability is not None:
-        certainty = np.bincount(candidates.tag, weights=probability, minlength=len(used))
+        exact = np.rint(probability * UNIT) / UNIT  # adds up to the same however the corpus was cut
+        certainty = np.bincount(candidates.tag, weights=exact, minlength=len(used))
     offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
     columns = [
         candidates.tags,
