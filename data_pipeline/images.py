@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from PIL import (
     BmpImagePlugin,
@@ -367,7 +367,7 @@ def _changes(data: bytes, kind: str, image: ImageFile.ImageFile, pixels: _Pixels
     return [word for word, holds in found.items() if holds]
 
 
-def encode(image: Image.Image, kind: str, **options: int) -> bytes:
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
