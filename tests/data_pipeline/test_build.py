@@ -103,9 +103,7 @@ def test_repeat_factors_have_the_asked_mean_and_follow_the_rarest_label(build, m
     count = {entry.index: entry.count for entry in shards.vocabulary}
     index = shards.index(0).to_pylist()
     repeats = Repeats(manifest["resampling"]["threshold"], len(index))
-    assert [row["repeat"] for row in index] == [
-        repeats.of([count[label] for label in row["labels"]]) for row in index
-    ]
+    assert [row["repeat"] for row in index] == [repeats.of([count[label] for label in row["labels"]]) for row in index]
     assert sum(row["repeat"] for row in index) / len(index) == pytest.approx(1.4)
     assert manifest["resampling"]["mean_repeat"] == pytest.approx(1.4)
 
@@ -116,8 +114,8 @@ def test_without_resampling_all_repeats_are_one(build, make):
 
 
 def test_rare_synsets_are_no_class_and_their_images_are_dropped_or_kept(run, make, tmp_path):
-    rows = [*make.rows(6), make.rows(1)[0] | {"key": "rare", "caption": "#aardvark"},
-            make.rows(1)[0] | {"key": "both", "caption": "#aardvark #dog"}]  # fmt: skip
+    rows = [*make.rows(6), make.rows(1, 6)[0] | {"key": "rare", "caption": "#aardvark"},
+            make.rows(1, 7)[0] | {"key": "both", "caption": "#aardvark #dog"}]  # fmt: skip
     file = make.parquet(tmp_path / "in.parquet", rows)
     options = ("--input", file, "--workers", 1, "--min-count", 3)
     assert run("build", *options, "--output", tmp_path / "a").code == 0
@@ -168,7 +166,8 @@ def test_hostile_names_and_captions_come_through_as_data(build, make):
         "#dog {}",
         "#dog 🐶",
     ]
-    rows = [make.rows(1)[0] | {"key": k, "caption": c} for k, c in zip(keys, captions, strict=True)]
+    pictures = make.rows(len(keys))
+    rows = [row | {"key": k, "caption": c} for row, k, c in zip(pictures, keys, captions, strict=True)]
     manifest, output = build(rows)
     records = make.records(output)
     assert sorted(record["caption"] for record in records.values()) == sorted(captions)
@@ -203,7 +202,10 @@ def test_bytes_do_not_depend_on_workers_or_partitions(run, make, tmp_path, monke
         expected = expected or make.hashes(output)
         assert make.hashes(output) == expected
     assert expected is not None
-    assert len(expected) == 2 * 6 + 2  # nothing but six shards, the vocabulary and the manifest
+    tables = {f"{name}.parquet" for name in ("vocabulary", "dropped", "tags", "evidence", "duplicates")}
+    beside = {name for name in expected if not name.startswith("shards/")}
+    assert beside == {"manifest.json", "deny_list.yaml"} | tables
+    assert len(expected) - len(beside) == 2 * 6  # nothing but six shards and their indexes
 
 
 def test_the_vocabulary_is_a_table_of_synsets(build, make):
