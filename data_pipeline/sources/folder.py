@@ -39,7 +39,8 @@ class Piece:
         return len(self.pictures)
 
     def read(self) -> Iterator[pa.Table]:
-        return tables(fetch.in_order(self._row, range(len(self.pictures)), self.pictures[0].url))
+        example = self.pictures[0].url if self.pictures else ""
+        return tables(fetch.in_order(self._row, range(len(self.pictures)), example))
 
     def part(self, start: int, stop: int) -> "Piece":
         return replace(self, pictures=self.pictures[start:stop], start=self.start + start)

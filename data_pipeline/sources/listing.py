@@ -63,7 +63,8 @@ class Piece:
         return tables(fetch.in_order(lambda n: self._row(n, records[n]), range(len(records)), self.file.url))
 
     def part(self, start: int, stop: int) -> "Piece":
-        return replace(self, skip=self.skip + start, row=self.row + start, rows=stop - start)
+        stop = min(stop, self.rows)  # what comes after is the next piece's
+        return replace(self, skip=self.skip + start, row=self.row + start, rows=max(stop - start, 0))
 
     def _records(self) -> Iterator[bytes | None]:
         try:

@@ -25,7 +25,8 @@ class Piece(Protocol):
         ...
 
     def part(self, start: int, stop: int) -> "Piece":
-        """Some of the rows, by their position in the piece; the images of others reach nobody."""
+        """Some of the rows, by their position in the piece, all that are left if `stop` is behind the last; the images of
+        others reach nobody."""
         ...
 
 
@@ -43,17 +44,16 @@ class Slice:
 
     def read(self) -> Iterator[pa.Table]:
         position = 0
-        last = None if self.stop == self.piece.rows else self.stop  # a guessed number of rows has no end
         for table in self.piece.read():
-            begin, end = max(self.start - position, 0), len(table) if last is None else last - position
+            begin, end = max(self.start - position, 0), self.stop - position
             if begin < min(end, len(table)):
                 yield table.slice(begin, end - begin)
             position += len(table)
-            if last is not None and position >= last:
+            if position >= self.stop:
                 return
 
     def part(self, start: int, stop: int) -> "Slice":
-        return Slice(self.piece, self.start + start, self.start + stop)
+        return Slice(self.piece, self.start + start, min(self.start + stop, self.stop))
 
 
 @dataclass(frozen=True)

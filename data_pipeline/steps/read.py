@@ -70,10 +70,12 @@ def examine(
 ) -> Iterator[tuple[dict[str, Any], str | None, str | None]]:
     """Each row between two positions of a piece, and reason and detail if it is dropped; its image goes to `laid`."""
     position = span[0]
-    for stop in (*sorted(skip), span[1]):
-        if position < stop:
-            whole = (position, stop) == (0, piece.rows)
-            part = piece if whole else piece.part(position, TO_THE_END if stop == piece.rows else stop)
+    for stop in (*sorted(skip), None):  # what is left out may lie behind the end, where that is a guess
+        end = span[1] if stop is None else stop
+        if stop is None and end == piece.rows:
+            end = TO_THE_END
+        if position < end:
+            part = piece if (position, end) == (0, TO_THE_END) else piece.part(position, end)
             for table in part.read():
                 for row, reason, detail in _records(table, settings, read_tag_table(work, settings), position):
                     if reason is None and read_tombstones(work.tombstones).hold(row["image"]):
@@ -85,9 +87,9 @@ def examine(
                     yield row, reason, detail
                 position += len(table)
                 watch.between_records()
-        if stop in skip:
+        if stop is not None:
             yield {"key": None, "source": None} | skip[stop], skip[stop]["reason"], skip[stop]["detail"]
-        position = stop + 1
+            position = stop + 1
 
 
 def probe(work: Work, settings: Settings, task: int, piece: Piece, partitions: int, start: int, stop: int) -> None:
@@ -115,10 +117,12 @@ def _records(
     table: pa.Table, settings: Settings, tags: TagTable, position: int
 ) -> Iterator[tuple[dict[str, Any], str | None, str | None]]:
     """Each row of a source with its hashtags, why it cannot be used, and the details of that."""
-    for number, row in enumerate(table.to_pylist()):
+    watch.record(position)
+    found = hashtags.extract_batch(table["caption"], table["hashtags"]).to_pylist()
+    for number, (row, row_tags) in enumerate(zip(table.to_pylist(), found, strict=True)):
         watch.record(position + number)
         reason = _text_problem(row, settings)
-        row["hashtags"] = [] if reason else _hashtags(row)
+        row["hashtags"] = [] if reason else row_tags
         row |= {"other_captions": [], "weight": 1.0 if row["weight"] is None else row["weight"]}
         if reason is None and 4 * sum(map(len, row["hashtags"])) > shardset.MAX_JSON // 4:
             reason = "too_many_hashtags"
@@ -136,10 +140,6 @@ def _text_problem(row: dict[str, Any], settings: Settings) -> str | None:
     if any(len(row[name] or "") > MAX_TEXT for name in TEXTS):
         return "text_too_long"
     return None if row["image"] is not None else "missing_image"
-
-
-def _hashtags(row: dict[str, Any]) -> list[str]:
-    return hashtags.unique([*hashtags.extract(row["caption"] or ""), *hashtags.from_column(row["hashtags"] or ())])
 
 
 def why_unlabelled(row: dict[str, Any]) -> str:

@@ -17,7 +17,10 @@ import webdataset
 from PIL import Image
 
 from data_pipeline.__main__ import main
+from data_pipeline.decisions import Decisions
 from data_pipeline.sources import Reading, discover, location
+from data_pipeline.steps import Settings, Work
+from data_pipeline.steps.read import examine
 from data_pipeline.upload import default_folder
 
 KEYS = {"key": "me", "secret": "secret", "region": "us-east-1"}
@@ -166,6 +169,31 @@ def test_pictures_of_a_store_are_in_the_set_and_nothing_secret_is(run, make, tmp
     for path in (tmp_path / "out").rglob("*"):
         assert not path.is_file() or b"secret" not in path.read_bytes()
     assert "up to date" in run("build", *arguments, "--output", tmp_path / "out").out
+
+
+@pytest.mark.parametrize("left_out", [[0], [1], [2], [4], [1, 3], [3, 4], [0, 1, 2, 3, 4]])
+def test_a_tar_in_a_store_loses_only_the_records_that_are_left_out(make, tmp_path, memory, nouns, left_out):
+    """Also behind the end that was guessed from its size."""
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        for name, data in [
+            (f"{n}.{end}", data) for n in range(5) for end, data in (("png", make.picture(n)), ("txt", b"#dog"))
+        ]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    memory.pipe("/b/0.tar", sink.getvalue())
+    (piece,) = discover(["memory://b/0.tar"], Path("/x")).pieces
+    assert piece.rows == 1
+    work = Work(tmp_path)
+    nouns.save(work.wordnet)
+    decisions = Decisions.read(Settings(), tmp_path)
+    decisions.check()
+    decisions.lay_down(work)
+    skip = {n: {"reason": "killed_worker", "detail": ""} for n in left_out}
+    found = list(examine(work, Settings(), 0, piece, io.BytesIO(), (0, piece.rows), skip))
+    expected = [(None, "killed_worker") if n in left_out else (f"0/{n}", None) for n in range(5)]
+    assert [(None if reason else row["key"].split("-")[0], reason) for row, reason, _ in found] == expected
 
 
 # -------------------------------------------------------------------------------------------------------------- output

@@ -201,6 +201,8 @@ def test_pieces_of_a_table_are_its_rows(photos, monkeypatch):
     assert read(path) == whole
     pieces = discover([str(path)], Path("/x")).pieces
     assert len(pieces) == 6
+    to_the_end = [row for table in pieces[1].part(1, 1 << 60).read() for row in table.to_pylist()]
+    assert to_the_end == whole[5:8]
     part = pieces[1].part(1, 3)
     assert [row for table in part.read() for row in table.to_pylist()] == whole[5:7]
 
