@@ -177,6 +177,11 @@ class _StreamEpoch:
         ]
         self.windows = [shuffled[i : i + order.window] for i in range(0, len(shuffled), order.window)]
         self.ends = np.cumsum([sum(int(self._copies(s).sum()) for s in w) for w in self.windows])
+        if not self.windows or not self.ends[-1]:
+            raise ConfigError(
+                f"stream {stream_number} of {order.streams} has no sample in epoch {epoch}: {order.shards.path} is small "
+                f"({order.visits:.0f} visits an epoch) and its repeat factors leave samples out; use fewer data.streams"
+            )
         self._open: tuple[int, np.ndarray] | None = None
 
     def __getitem__(self, position: int) -> Item:

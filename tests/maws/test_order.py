@@ -79,3 +79,13 @@ def test_the_number_of_streams_does_not_depend_on_the_ranks_and_is_at_most_64():
     assert choose_streams(4096, 3_000_000) == 64
     assert choose_streams(96, 3_000_000) == 32
     assert choose_streams(16, 40) == 2
+
+
+def test_a_stream_that_draws_nothing_in_an_epoch_is_refused_in_words(shards: ShardSet, monkeypatch):
+    """Repeat factors below one leave samples out; on a small set that can be all of a stream."""
+    order, rows = Order(shards, seed=0, batch_size=8, streams=8), Order.rows
+    monkeypatch.setattr(
+        Order, "rows", lambda self, n: rows(self, n)._replace(repeat=np.full(len(rows(self, n).rows), 0.0))
+    )
+    with pytest.raises(ConfigError, match=r"stream \d of 8 has no sample in epoch 0: .* use fewer data\.streams"):
+        order.items(0)
