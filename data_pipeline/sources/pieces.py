@@ -25,8 +25,8 @@ class Piece(Protocol):
         ...
 
     def part(self, start: int, stop: int) -> "Piece":
-        """Some of the rows, by their position in the piece, all that are left if `stop` is behind the last; the images of
-        others reach nobody."""
+        """Some of the rows, by their position in the piece, all that are left if `stop` is behind the last; the images
+        of others reach nobody."""
         ...
 
 
