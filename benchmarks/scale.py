@@ -72,7 +72,8 @@ import functools, sys
 from data_pipeline import images
 images.prepare = functools.lru_cache(64)(images.prepare)
 from data_pipeline.__main__ import main
-sys.exit(main(sys.argv[1:]))
+from data_pipeline.ending import leave
+leave(main(sys.argv[1:]))
 """
 
 

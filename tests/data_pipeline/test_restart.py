@@ -31,9 +31,10 @@ def counted(source, target):
         os.kill(os.getpid(), signal.SIGKILL)
 files.os.replace = counted
 from data_pipeline.__main__ import main
+from data_pipeline.ending import leave
 code = main(sys.argv[3:])
 print(seen)
-sys.exit(code)
+leave(code)
 """
 
 
