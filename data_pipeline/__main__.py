@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        options = _parser().parse_args(arguments)
+        options = parser().parse_args(arguments)
         return options.command(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
     parser = Parser(prog="python -m data_pipeline", description="Captioned pictures -> labels from hashtags -> shards.")
     commands = parser.add_subparsers(required=True, metavar="build|inspect|explain|report|takedown")
     build = commands.add_parser(

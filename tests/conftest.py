@@ -20,8 +20,13 @@ os.environ["MPLBACKEND"] = "Agg"
 import pytest
 
 
+LONGEST = ("test_readme.py", "test_training.py", "test_kills.py", "test_restart.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests where torch sees no accelerator; torch is imported only when such a test was collected."""
+    """The longest first, so that both workers end at the same time; and skip `gpu` tests where torch sees no
+    accelerator. torch is imported only when such a test was collected."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return

@@ -15,7 +15,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORT_NAMES = {"PIL": "pillow", "open_clip": "open-clip-torch", "sklearn": "scikit-learn", "markupsafe": "jinja2"}
+IMPORT_NAMES = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "open_clip": "open-clip-torch",
+    "sklearn": "scikit-learn",
+    "markupsafe": "jinja2",
+}
 EXTRAS_ONLY = {"ray": "cluster", "wandb": "wandb", "open_clip": "clip"}  # imported where they are used, behind an extra
 
 

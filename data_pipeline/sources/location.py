@@ -19,10 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
-from urllib.parse import urlsplit
-
-import fsspec
-from fsspec.implementations.arrow import ArrowFSWrapper
 
 from data_pipeline.errors import DataError, UsageError
 
@@ -109,10 +105,9 @@ def file_system(url: str, reading: Reading) -> tuple[Any, str]:
         )
     protocol = url.split("://", 1)[0].lower()
     try:
-        if protocol in _ARROW:
-            system = _ARROW[protocol](reading.storage, urlsplit(url).netloc)
-            return system, system._strip_protocol(url)
-        return fsspec.core.url_to_fs(url, **storage_options(reading.storage))
+        from data_pipeline.sources.stores import open_store  # here: a tenth of a second that only stores pay
+
+        return open_store(url, protocol, storage_options(reading.storage))
     except (ImportError, ValueError, TypeError, OSError) as error:
         raise DataError(f"cannot open {printable(url)}: {error}") from None
 
@@ -126,47 +121,6 @@ def storage_options(text: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise UsageError("--storage-options must be a JSON object, such as '{\"anon\": true}'")
     return options
-
-
-@functools.lru_cache(maxsize=64)
-def _s3(storage: str, bucket: str) -> ArrowFSWrapper:
-    """pyarrow's S3 with the option names of s3fs or its own; else the environment and files of the AWS tools count."""
-    from pyarrow import fs
-
-    given = dict(storage_options(storage))
-    client = given.pop("client_kwargs", {})
-    endpoint = given.pop("endpoint_url", None) or client.get("endpoint_url")
-    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    names = {"key": "access_key", "secret": "secret_key", "token": "session_token", "anon": "anonymous"}
-    options = {names.get(name, name): value for name, value in given.items()}
-    region = options.pop("region_name", None) or client.get("region_name")
-    region = region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if endpoint:
-        options |= {"endpoint_override": urlsplit(endpoint).netloc, "scheme": urlsplit(endpoint).scheme}
-        region = region or "us-east-1"  # other makers' stores take any
-    if region or "region" not in options:
-        options["region"] = region or fs.resolve_s3_region(bucket)
-    return _Arrow(fs.S3FileSystem(**options))
-
-
-@functools.lru_cache(maxsize=64)
-def _gcs(storage: str, bucket: str) -> ArrowFSWrapper:
-    from pyarrow import fs
-
-    return _Arrow(fs.GcsFileSystem(**storage_options(storage)))
-
-
-class _Arrow(ArrowFSWrapper):
-    """pyarrow names objects without the protocol."""
-
-    cachable = False
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return re.sub(r"^[A-Za-z0-9+.-]+://", "", path).rstrip("/")
-
-
-_ARROW: Final[dict[str, Callable[[str, str], ArrowFSWrapper]]] = {"s3": _s3, "s3a": _s3, "gs": _gcs, "gcs": _gcs}
 
 
 # ------------------------------------------------------------------------------------------------------------- looking
