@@ -19,7 +19,6 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
 
-
 LONGEST = ("test_readme.py", "test_training.py", "test_kills.py", "test_restart.py")
 
 

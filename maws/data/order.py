@@ -179,8 +179,9 @@ class _StreamEpoch:
         self.ends = np.cumsum([sum(int(self._copies(s).sum()) for s in w) for w in self.windows])
         if not self.windows or not self.ends[-1]:
             raise ConfigError(
-                f"stream {stream_number} of {order.streams} has no sample in epoch {epoch}: {order.shards.path} is small "
-                f"({order.visits:.0f} visits an epoch) and its repeat factors leave samples out; use fewer data.streams"
+                f"stream {stream_number} of {order.streams} has no sample in epoch {epoch}: {order.shards.path} is "
+                f"small ({order.visits:.0f} visits an epoch) and its repeat factors leave samples out; "
+                f"use fewer data.streams"
             )
         self._open: tuple[int, np.ndarray] | None = None
 

@@ -10,7 +10,7 @@ import pytest
     [
         (["build", "--input", "x", "--output", "y", "--min-cuont", "3"], "did you mean --min-count?"),
         (["build", "--input", "x"], "the following arguments are required: --output"),
-        (["build", "--input", "x", "--output", "y", "--workers", "1.5"], "--workers: '1.5' is not a whole number from 0"),
+        (["build", "--input", "x", "--output", "y", "--workers", "1.5"], "'1.5' is not a whole number from 0"),
         (["build", "--input", "x", "--output", "y", "--samples-per-shard", "1e3"], "'1e3' is not a whole number"),
         (["build", "--input", "x", "--output", "y", "--epoch-factor", "nan"], "'nan' is not a number above 0"),
         (["build", "--input", "x", "--output", "y", "--epoch-factor", "5/0"], "'5/0' is not a number above 0"),
@@ -23,7 +23,7 @@ import pytest
         (["build", "--input", "x", "--output", "y", "--min-count", "0"], "neither auto nor a whole number from 1"),
         (["build", "--input", "x", "--output", "y", "--resize-side", "long"], "give --resize too"),
         (["build", "--input", "x", "--output", "y", "--resample", "sqare"], "invalid choice: 'sqare'"),
-        (["build", "--input", "x", "--output", "y", "--resample", "none", "--threshold", "0.1"], "leave out --threshold"),
+        (["build", "--input", "x", "--output", "y", "--resample", "none", "--threshold", "1"], "leave out --threshold"),
         (["build", "--input", "x", "--output", "y", "--epoch-factor", "2", "--threshold", "0.1"], "not both"),
         (["takedown", "x"], "say what is to go: --keys"),
         (["takedown", "x", "--keys", "k", "--near", "99"], "'99' is not a whole number from 0 to 64"),
