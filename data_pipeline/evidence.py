@@ -41,7 +41,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Weights = defaultdict[tuple[int, int], float]  # (term, row of the WordNet table) -> occurrences
 
-SAMPLE: Final = 200_000  # images that are counted: memory does not grow with the corpus; ours
+SAMPLE: Final = 100_000  # images that are counted: memory does not grow with the corpus; ours
 BATCH: Final = 10_000  # images whose tags are judged at once
 MAX_DEPTH: Final = 32  # of hypernyms; WordNet's longest way is 20
 MAX_TERMS: Final = 48  # around one tag: captions without end must not cost time without end
