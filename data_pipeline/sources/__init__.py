@@ -230,7 +230,7 @@ class _Found:
         pictures = [picture for picture, _ in found]
         pieces = [
             folder.Piece(tuple(pictures[start:stop]), start, self.reading)
-            for start, stop in cut(len(pictures), _piece_rows())
+            for start, stop in cut(len(pictures), min(_piece_rows(), max(FEWEST, len(pictures) // TASKS)))
         ]
         images = [replace(files[picture.name.removeprefix(prefix)], name=picture.name) for picture in pictures]
         captions = [replace(file, name=f"{picture.name}#caption") for picture, texts in found for file in texts]
@@ -244,6 +244,10 @@ class _Found:
             return webdataset.counted(location.read_at(stats.url, tar.SKIP, self.reading))
         except OSError:
             return None
+
+
+FEWEST: Final = 100  # pictures of a folder that are a task of their own, and …
+TASKS: Final = 32  # … into how many a small folder is cut, so that all processes end at the same time
 
 
 def _piece_rows() -> int:
