@@ -44,7 +44,8 @@ log = logging.getLogger(__name__)
 WORK: Final = ".work"
 PARTITION_ROWS: Final = 100_000  # records that one `merge` task sorts in memory
 MAX_PARTITIONS: Final = 1 << 16  # two bytes of the hash
-WORTH_A_POOL: Final = 1 << 30  # bytes to hash: less is done before other processes have started
+WORTH_A_POOL: Final = 64 << 20  # bytes to hash: less is done before other processes have started
+FEW_RECORDS: Final = 20_000  # whose pairs one task finds in about a second
 SHOWN: Final = 10  # skipped files on the terminal
 TABLES: Final = ("vocabulary", "dropped", "tags", "evidence", "duplicates", "evaluation")
 OURS: Final = re.compile(
@@ -395,7 +396,11 @@ def _remove_duplicates(
     read = [(number, *given) for number, given in enumerate(pieces)]
     run("evaluation", duplicates.fingerprint_evaluation, read, "fingerprints_eval")
     run("group", duplicates.group, [(bucket,) for bucket in range(search.buckets)], "bands")
-    run("pair", duplicates.pair, [(block,) for block in range(search.blocks)], "pairs")
+    if search.starts[-1] <= FEW_RECORDS:
+        files = tuple(duplicates.file_path(work, "pairs", block) for block in range(search.blocks))
+        job.run("pair", [Task(duplicates.pair_all, (work, search), files)])
+    else:
+        run("pair", duplicates.pair, [(block,) for block in range(search.blocks)], "pairs")
     verdicts_file = work.table("verdicts", 0)
     counts = job.run("resolve", [Task(verdicts.resolve, (work, search), (verdicts_file,))])[0]
     if search.merge_captions:
