@@ -559,9 +559,10 @@ def _takedown(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from data_pipeline.build import WORTH_A_POOL, check
+    from data_pipeline.build import check
     from data_pipeline.runners.local import LocalRunner, usable_cpus
     from data_pipeline.shardset import ShardSet
+    from data_pipeline.sources.identity import WORTH_A_POOL
     from data_pipeline.summary import Printer, print_counts, print_labels, print_repeats
 
     shards, printer = ShardSet.open(options.shards), Printer()

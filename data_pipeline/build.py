@@ -5,7 +5,6 @@ OUTPUT/shards/ …         see shardset.py; complete once manifest.json is there
 """
 
 import contextlib
-import fcntl
 import itertools
 import json
 import logging
@@ -24,7 +23,7 @@ from data_pipeline.decisions import KEPT, Decisions, kept
 from data_pipeline.dedup import Limits
 from data_pipeline.errors import DataError
 from data_pipeline.evaluation_sets import EvaluationSet
-from data_pipeline.files import sha256_file, write_bytes
+from data_pipeline.files import locked, sha256_file, write_bytes
 from data_pipeline.job import Counts, Job, Records, Task, merge_counts, remove_temporary
 from data_pipeline.progress import progress
 from data_pipeline.resample import CAP, EPOCH_FACTOR, Repeats
@@ -44,7 +43,6 @@ log = logging.getLogger(__name__)
 WORK: Final = ".work"
 PARTITION_ROWS: Final = 100_000  # records that one `merge` task sorts in memory
 MAX_PARTITIONS: Final = 1 << 16  # two bytes of the hash
-WORTH_A_POOL: Final = 64 << 20  # bytes to hash: less is done before other processes have started
 FEW_RECORDS: Final = 20_000  # whose pairs one task finds in about a second
 SHOWN: Final = 10  # skipped files on the terminal
 TABLES: Final = ("vocabulary", "dropped", "tags", "evidence", "duplicates", "evaluation")
@@ -255,16 +253,8 @@ def _remove(output: Path) -> None:
 @contextlib.contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """One build per folder at a time; the lock ends with the process, however it ends."""
-    try:
-        (output / WORK).mkdir(parents=True, exist_ok=True)
-        file = (output / WORK / "lock").open("wb")
-    except OSError as error:
-        raise DataError(f"cannot write to --output {output} ({error.strerror})") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"another build is writing to {output}; wait for it or choose another --output") from None
+    busy = f"another build is writing to {output}; wait for it or choose another --output"
+    with locked(output / WORK / "lock", f"--output {output}", busy):
         yield
 
 

@@ -1,12 +1,15 @@
 """Files that are either whole or not there: temporary name, fsync, rename."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from data_pipeline.errors import DataError
 
 BLOCK = 1 << 20
 
@@ -40,6 +43,23 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path, target: str, busy: str) -> Iterator[None]:
+    """One holder at a time, or DataError with `busy`; the lock ends with the process, however it ends. `target` is what
+    the message names where `path` or its folder cannot be made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("wb")
+    except OSError as error:
+        raise DataError(f"cannot write to {target} ({error.strerror})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(busy) from None
+        yield
 
 
 def sha256_bytes(data: bytes) -> str:

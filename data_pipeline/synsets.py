@@ -12,7 +12,7 @@ tag itself (evidence.py) hands in its own numbers.
 
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
@@ -30,16 +30,6 @@ Policy = Literal["first", "all", "unambiguous"]
 POLICIES: Final = ("first", "all", "unambiguous")
 UNMAPPED: Final = "unmapped"  # why a tag has no senses: it is no noun
 REMEMBERED: Final = 1 << 18  # tags; a process may see more than fit into its memory
-
-LABELS: Final = pa.list_(pa.int32())
-TAGS: Final = pa.schema(
-    [
-        ("tag", pa.string()),
-        ("occurrences", pa.int64()),
-        ("senses", LABELS),  # rows of the WordNet table, the most usual first
-        ("reason", pa.string()),  # why there is none; else null
-    ]
-)
 
 
 class Overrides(Protocol):
@@ -93,11 +83,6 @@ class Candidates:
     def flat(self) -> Ints:
         """The senses of all tags, one after the other."""
         return np.fromiter(itertools.chain.from_iterable(self.senses), np.int64)
-
-    def counts(self) -> pa.Table:
-        """TAGS of the batch; `add_counts` adds those of several."""
-        used = np.bincount(self.tag, minlength=len(self.tags))
-        return pa.table([self.tags, used, pa.array(self.senses, LABELS), pa.array(self.reasons, pa.string())], TAGS)
 
 
 class TagTable:
@@ -205,29 +190,3 @@ def _each_once(image: Ints, synset: Ints, images: int) -> pa.ListArray:
 
 def _offsets(lengths: npt.NDArray[np.integer]) -> pa.Int32Array:
     return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-
-
-def add_counts(tables: Iterable[pa.Table]) -> pa.Table:
-    """TAGS of several batches as one, frequent tags first."""
-    every = pa.concat_tables([TAGS.empty_table(), *tables])
-    encoded = every["tag"].combine_chunks().dictionary_encode()
-    number = encoded.indices.to_numpy()
-    total = np.bincount(number, weights=every["occurrences"].to_numpy()).astype(np.int64)
-    _, first_row = np.unique(number, return_index=True)
-    added = every.take(pa.array(first_row)).set_column(1, TAGS.field("occurrences"), pa.array(total))
-    return added.sort_by([("occurrences", "descending"), ("tag", "ascending")])
-
-
-def map_hashtags(hashtags: Sequence[list[str]], wordnet: WordNet) -> "Mapped":
-    """Policy `first`, for lists."""
-    candidates = TagTable(wordnet).candidates(pa.array(hashtags, pa.list_(pa.string())))
-    synsets, counts = choose(candidates, "first")
-    return Mapped(synsets.to_pylist(), counts)
-
-
-@dataclass(frozen=True)
-class Mapped:
-    """Synset rows per image, each once, in the order of the hashtags; the numbers count hashtags, not images."""
-
-    synsets: list[list[int]]
-    counts: dict[str, int]

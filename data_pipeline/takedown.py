@@ -13,7 +13,6 @@ takedown of it is run again, which goes on from there. Either way the bytes at t
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ import pyarrow.parquet as pq
 
 from data_pipeline import images, shardset, vocabulary
 from data_pipeline.errors import DataError, UsageError
-from data_pipeline.files import atomic_write, sha256_bytes, sha256_file, sync_folder, write_bytes
+from data_pipeline.files import atomic_write, locked, sha256_bytes, sha256_file, sync_folder, write_bytes
 from data_pipeline.lookup import Lookup, Place, base_key
 from data_pipeline.shardset import Sample, ShardSet
 from data_pipeline.summary import Printer, clean
@@ -397,16 +396,7 @@ def _locked(path: Path, dry_run: bool) -> Iterator[None]:
     if dry_run:
         yield
         return
-    try:
-        stage.mkdir(exist_ok=True)
-        file = (stage / "lock").open("wb")
-    except OSError as error:
-        raise DataError(f"cannot write to {path} ({error.strerror})") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"another takedown is at work in {path}; wait for it") from None
+    with locked(stage / "lock", str(path), f"another takedown is at work in {path}; wait for it"):
         try:
             yield
         except Exception:

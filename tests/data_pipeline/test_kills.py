@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import children, is_alive, processes
 
 from data_pipeline.shardset import ShardSet
 
@@ -119,27 +120,6 @@ def kill(process: subprocess.Popen[bytes], target: str, draw: random.Random) -> 
         return
     for worker in workers if target == "workers" else draw.sample(workers, min(1, len(workers))):
         os.kill(worker, signal.SIGKILL)
-
-
-def status(process: int) -> tuple[str, int]:
-    """State letter and parent."""
-    try:
-        state, parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[:2]
-    except OSError:
-        return "X", 0
-    return state, int(parent)
-
-
-def is_alive(process: int) -> bool:
-    return status(process)[0] not in "XZ"
-
-
-def processes() -> Iterator[int]:
-    yield from (int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal())
-
-
-def children(parent: int) -> list[int]:
-    return [process for process in processes() if status(process)[1] == parent]
 
 
 def processes_on(corpus: Path) -> Iterator[int]:

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import children as children_of
+from processes import is_alive
 
 from data_pipeline import build
 
@@ -143,7 +145,7 @@ def test_a_build_with_workers_killed_in_the_middle_leaves_no_process_and_continu
     deadline = time.monotonic() + 60
     while not list(output.glob(".work/done/read/*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    children = workers_of(process.pid)
+    children = children_of(process.pid)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert children
@@ -152,24 +154,6 @@ def test_a_build_with_workers_killed_in_the_middle_leaves_no_process_and_continu
     assert not any(map(is_alive, children))
     assert run(*options, "--output", output).code == 0
     assert make.hashes(output) == expected
-
-
-def status(process: int) -> tuple[str, int]:
-    """State letter and parent, from /proc."""
-    try:
-        state, parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[:2]
-    except OSError:
-        return "X", 0
-    return state, int(parent)
-
-
-def workers_of(parent: int) -> list[int]:
-    processes = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
-    return [process for process in processes if status(process)[1] == parent]
-
-
-def is_alive(process: int) -> bool:
-    return status(process)[0] not in "XZ"
 
 
 def test_ctrl_c_ends_with_one_line_and_130(make, tmp_path):

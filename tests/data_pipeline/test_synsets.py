@@ -4,7 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_pipeline.synsets import UNMAPPED, TagTable, add_counts, choose, map_hashtags
+from data_pipeline import tag_counts
+from data_pipeline.synsets import UNMAPPED, TagTable, choose, first
 
 STRINGS = pa.list_(pa.string())
 
@@ -141,23 +142,30 @@ def test_no_images_and_no_tags_are_batches_too(nouns):
         candidates = batch(nouns, rows)
         for policy in ("first", "all", "unambiguous"):
             assert choose(candidates, policy)[0].to_pylist() == [[] for _ in rows]
-        assert candidates.counts().num_rows == 0
+        assert tag_counts.count(candidates, first(candidates), None).num_rows == 0
 
 
 def test_counts_of_batches_add_up_to_the_counts_of_all(nouns):
     rows = [["bat", "dog"], ["dog"], ["happy", "dog"], ["bat"], []]
-    added = add_counts([batch(nouns, rows[:2]).counts(), batch(nouns, rows[2:]).counts()])
-    assert added.equals(add_counts([batch(nouns, rows).counts()]))
+    names = nouns.synsets["synset"].combine_chunks()
+
+    def count(some):
+        candidates = batch(nouns, some)
+        return tag_counts.count(candidates, first(candidates), None)
+
+    added = tag_counts.add([count(rows[:2]), count(rows[2:])], names)
+    assert added.equals(tag_counts.add([count(rows)], names))
     assert added.select(["tag", "occurrences", "reason"]).to_pylist() == [
         {"tag": "dog", "occurrences": 3, "reason": None},
         {"tag": "bat", "occurrences": 2, "reason": None},
         {"tag": "happy", "occurrences": 1, "reason": UNMAPPED},
     ]
-    assert added["senses"].to_pylist() == [nouns.senses("dog"), nouns.senses("bat"), []]
-    assert add_counts([]).num_rows == 0
+    senses = [nouns.senses("dog"), nouns.senses("bat"), []]
+    assert added["synsets"].to_pylist() == [[nouns.synset(sense).name for sense in found] for found in senses]
+    assert tag_counts.add([], names).num_rows == 0
 
 
 def test_lists_are_mapped_by_policy_first(nouns, names):
-    mapped = map_hashtags([["brownbear", "bat"], []], nouns)
-    assert names(mapped.synsets) == [["brown_bear.n.01", "bat.n.01"], []]
-    assert mapped.counts["ambiguous_hashtags"] == 1
+    mapped, counts = choose(batch(nouns, [["brownbear", "bat"], []]), "first")
+    assert names(mapped.to_pylist()) == [["brown_bear.n.01", "bat.n.01"], []]
+    assert counts["ambiguous_hashtags"] == 1
