@@ -71,7 +71,7 @@ class Encoder:
         """uint8 B 3 H W -> float32 B D."""
         if kind == "joint":
             return self.two_tower.encode_image(self.prepare(images)).float()
-        return self.tower.forward_features(self.prepare(images))[:, 0].float()
+        return self.tower.pooled(self.tower(self.prepare(images))).float()
 
 
 def open_encoder(run: Path, device: torch.device) -> Encoder:

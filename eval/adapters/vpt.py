@@ -5,7 +5,7 @@ by that block's own n prompts. So what a block computes *for* a prompt is thrown
 values. That is how it is computed here, exactly and for less: their keys and values are made once per block, not per
 image, and in the last block only the class token asks. A test compares this with inserting tokens by hand.
 
-Letters: B images, N patches, n prompts, D width, H heads, d width of a head, S classes.
+Letters: B images, N patches, C class tokens, n prompts, D width, H heads, d width of a head, S classes.
 """
 
 import math
@@ -57,16 +57,19 @@ def initial_prompts(trunk: VisionTransformer, number: int, generator: torch.Gene
 
 
 def prompted_features(trunk: Any, prompts: Tensor, images: Tensor) -> Tensor:
-    """The class token after the final norm, B D, of normalised B 3 H W."""
-    x = trunk.patch_embed(images) + trunk.pos_embed[:, 1:]  # B N D
-    cls = (trunk.cls_token + trunk.pos_embed[:, :1]).expand(len(x), 1, -1)
-    x = torch.cat([cls, x], dim=1)  # B 1+N D
+    """What stands for each of the normalised images B 3 H W (`trunk.pooled`), B D.
+
+    Raises ValueError for relative positions, of which prompts have none.
+    """
+    if trunk.rel_pos_bias is not None:
+        raise ValueError("VPT cannot prompt a trunk with relative positions: its prompts have no place in the picture")
+    x = trunk.prepend(trunk.embed(images))  # B C+N D
     last = len(trunk.blocks) - 1
     for number, block in enumerate(trunk.blocks):
-        asking = x[:, :1] if number == last else x
+        asking = x[:, : trunk.class_tokens] if number == last and trunk.shape.pool == "cls" else x
         x = asking + block.ls1(_attend(block, x, prompts[number], asking.shape[1]))
         x = x + block.ls2(block.mlp(block.norm2(x)))
-    return trunk.norm(x)[:, 0]
+    return trunk.pooled(trunk.norm(x))
 
 
 def _attend(block: Any, x: Tensor, prompts: Tensor, asking: int) -> Tensor:

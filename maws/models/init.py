@@ -28,6 +28,11 @@ class Init(Protocol):
         """The standard deviation that `draw` gives for many elements."""
         ...
 
+    @property
+    def mean(self) -> float:
+        """Their mean."""
+        ...
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -39,9 +44,21 @@ class Constant:
     def std(self, shape: torch.Size) -> float:
         return 0.0
 
+    @property
+    def mean(self) -> float:
+        return self.value
+
+
+class Centred:
+    """Formulas whose values have mean 0."""
+
+    @property
+    def mean(self) -> float:
+        return 0.0
+
 
 @dataclass(frozen=True)
-class Normal:
+class Normal(Centred):
     sigma: float
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -52,7 +69,7 @@ class Normal:
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Centred):
     bound: float
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -63,15 +80,17 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class FanInNormal:
-    """Normal with standard deviation fan_in^-1/2, cut at two of them, where the last axes are the fan-in."""
+class FanInNormal(Centred):
+    """Normal with standard deviation fan_in^-1/2, where the last axes are the fan-in, as SWAG starts its layers.
+
+    Its code cuts with torch's `trunc_normal_`, whose bounds are the numbers -2 and 2, not two deviations: far outside.
+    """
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        sigma = self._sigma(shape)
-        return nn.init.trunc_normal_(torch.empty(shape), std=sigma, a=-2 * sigma, b=2 * sigma, generator=generator)
+        return nn.init.trunc_normal_(torch.empty(shape), std=self._sigma(shape), generator=generator)
 
     def std(self, shape: torch.Size) -> float:
-        return 0.8796 * self._sigma(shape)  # of a normal cut at two standard deviations
+        return self._sigma(shape)
 
     @staticmethod
     def _sigma(shape: torch.Size) -> float:
@@ -79,7 +98,7 @@ class FanInNormal:
 
 
 @dataclass(frozen=True)
-class WidthNormal:
+class WidthNormal(Centred):
     """Normal with standard deviation width^-1/2 for a bias-free projection applied as x @ W (recipes §8.1)."""
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -90,7 +109,7 @@ class WidthNormal:
 
 
 @dataclass(frozen=True)
-class XavierUniform:
+class XavierUniform(Centred):
     """Glorot's uniform; axes after the first count as one: a patch convolution is treated as the linear map it is."""
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -116,6 +135,10 @@ class Table:
 
     def std(self, shape: torch.Size) -> float:
         return float(self.value().std())
+
+    @property
+    def mean(self) -> float:
+        return float(self.value().mean())
 
 
 InitRules = Sequence[tuple[str, Init]]
@@ -156,14 +179,17 @@ def check(module: nn.Module, rules: InitRules, gather: Gather = _dense, at_most:
     for name, param in _spread(list(module.named_parameters()), at_most):
         with gather([param]):
             value, want = param.detach().float(), formula(name, rules)
-            std = float(value.std()) if value.numel() > 1 else 0.0
+            std, n = float(value.std()) if value.numel() > 1 else 0.0, max(1, value.numel())
             expected = want.std(param.shape)
-            tolerance = 0.02 * expected + 6 * expected / math.sqrt(max(1, value.numel())) + 1e-6
-            if not math.isfinite(std) or abs(std - expected) > tolerance:
-                raise RuntimeError(
-                    f"parameter {name} has standard deviation {std:.4g}, its initialisation gives {expected:.4g}: "
-                    f"initialisation was skipped or lost, refusing to train from it"
-                )
+            for word, is_, should, noise in (  # noise: the deviation that n draws leave
+                ("mean", float(value.mean()), want.mean, expected / math.sqrt(n)),
+                ("standard deviation", std, expected, expected / math.sqrt(2 * n)),
+            ):
+                if not abs(is_ - should) <= 0.02 * abs(should) + 6 * noise + 1e-6:  # also when it is not a number
+                    raise RuntimeError(
+                        f"parameter {name} has {word} {is_:.4g}, its initialisation gives {should:.4g}: "
+                        f"initialisation was skipped or lost, refusing to train from it"
+                    )
 
 
 def _spread(items: list[tuple[str, nn.Parameter]], at_most: int) -> Iterable[tuple[str, nn.Parameter]]:

@@ -35,7 +35,7 @@ class TwoTower(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.locked != "image"):
-            features = self.image(images)[:, 0]  # B D, the class token after the final norm
+            features = self.image.pooled(self.image(images))  # B D, the class token after the final norm
         return F.normalize(features @ self.vision_projection.to(features.dtype), dim=-1)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:

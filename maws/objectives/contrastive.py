@@ -23,7 +23,7 @@ class Contrastive(nn.Module):
 
     def forward(self, batch: PairBatch) -> Losses:
         images = normalise(batch["image"], self.mean, self.std)
-        dtype = self.towers.image.cls_token.dtype
+        dtype = self.towers.image.dtype
         image, text, scale = self.towers(images.to(dtype), batch["token_ids"], batch["token_mask"])
         image, text = image.float(), text.float()
         all_image, all_text = all_gather_with_grad(image), all_gather_with_grad(text)  # B E

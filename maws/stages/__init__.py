@@ -1,5 +1,6 @@
 """Training stages: one file each, found by file name. The folder is the registry."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +12,17 @@ from data_pipeline.shardset import ShardSet
 from maws.config import ConfigError, ModelConfig, TrainConfig, nearest
 from maws.data.loader import StepDataset
 from maws.data.order import Part
+from maws.handover import Handover
+from maws.models.attention import recomputed
 from maws.models.init import Gather
-from maws.models.vit import VARIANTS
+from maws.models.vit import POOLS, POSITIONS, VARIANTS, Options, Shape, VisionTransformer
 from maws.optim import Rules
 
 
 class ReleaseParts(NamedTuple):
     """What a stage's release holds."""
 
-    rename: Callable[[str], str]  # parameter name in the objective -> name in model.safetensors
+    rename: Callable[[str], str]  # parameter name in the objective -> name in model.safetensors; empty: left out
     config: dict[str, Any]  # how to rebuild the model
     files: dict[str, Path]  # further files, by name in the release
 
@@ -35,8 +38,11 @@ class Stage(Protocol):
 
     def objective(self, cfg: Any, shards: ShardSet) -> nn.Module: ...
 
-    def initialise(self, objective: Any, cfg: Any, gather: Gather) -> None:
-        """Load what the stage starts from; parameters have their random initial values already."""
+    def initialise(self, objective: Any, cfg: Any, gather: Gather) -> Handover | None:
+        """Load what the stage starts from; parameters have their random initial values already.
+
+        An image tower that was handed over is returned, for its parity to be checked before the first step.
+        """
 
     def dataset(self, cfg: Any, shards: ShardSet, run: Path, part: Part) -> StepDataset: ...
 
@@ -64,11 +70,49 @@ def preset(stage: str, name: str) -> TrainConfig:
     return presets[name]
 
 
-def image_side(model: ModelConfig) -> int:
-    """The image side in pixels. Raises ConfigError for an unknown variant or a side its patches do not divide."""
+def shape_of(model: ModelConfig) -> Shape:
+    """The ViT of a run. Raises ConfigError for an unknown variant and for tokens that do not go together."""
     if model.variant not in VARIANTS:
         raise ConfigError(f"model.variant={model.variant} is not known; {nearest(model.variant, list(VARIANTS))}")
-    shape = VARIANTS[model.variant]
+    own = VARIANTS[model.variant]
+    for name, value, known in (("positions", model.positions, POSITIONS), ("pool", model.pool, POOLS)):
+        if value not in known:
+            raise ConfigError(f"model.{name}={value} is not known; {nearest(value, known)}")
+    if model.class_tokens < 0:
+        raise ConfigError(f"model.class_tokens={model.class_tokens} cannot be less than 0")
+    if model.pool == "cls" and not model.class_tokens:
+        raise ConfigError("model.pool=cls needs a class token; set model.pool=mean or model.class_tokens=1")
+    if model.positions == "relative" and model.class_tokens > 1:
+        raise ConfigError("model.positions=relative knows at most one class token; set model.class_tokens=1")
+    return dataclasses.replace(
+        own,
+        patch=model.patch or own.patch,
+        class_tokens=model.class_tokens,
+        positions=model.positions,
+        pool=model.pool,
+    )
+
+
+def options_of(model: ModelConfig) -> Options:
+    """How the ViT of a run computes. Raises ConfigError for an impossible drop path or checkpointing policy."""
+    for name, rate in (("drop_path", model.drop_path), ("dropout", model.dropout)):
+        if not 0 <= rate < 1:
+            raise ConfigError(f"model.{name}={rate} must be at least 0 and less than 1")
+    try:
+        recomputed(model.checkpoint_blocks, 1)
+    except ValueError as e:
+        raise ConfigError(f"model.checkpoint_blocks: {e}") from None
+    return Options(model.drop_path, model.dropout, model.fp32_attention, model.checkpoint_blocks)
+
+
+def backbone(model: ModelConfig) -> VisionTransformer:
+    """The ViT of a run, its parameters still without values. Raises ConfigError as the functions here do."""
+    return VisionTransformer(shape_of(model), image_side(model), options_of(model))
+
+
+def image_side(model: ModelConfig) -> int:
+    """The image side in pixels. Raises ConfigError for an unknown variant or a side its patches do not divide."""
+    shape = shape_of(model)
     side = model.image_size or shape.image
     if side % shape.patch:
         raise ConfigError(
@@ -78,6 +122,13 @@ def image_side(model: ModelConfig) -> int:
     return side
 
 
+def grid_of(model: ModelConfig) -> tuple[int, int]:
+    """Rows and columns of patches. Raises ConfigError as `image_side` does."""
+    side = image_side(model) // shape_of(model).patch
+    return side, side
+
+
 def patch_count(model: ModelConfig) -> int:
     """Patches of an image. Raises ConfigError as `image_side` does."""
-    return (image_side(model) // VARIANTS[model.variant].patch) ** 2
+    rows, cols = grid_of(model)
+    return rows * cols
