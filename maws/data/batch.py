@@ -25,9 +25,17 @@ class Batch(TypedDict):
 
 
 class MaskedBatch(Batch):
-    """For masked_pixels."""
+    """For the objectives that predict masked patches."""
 
     ids_shuffle: Tensor  # B N, a permutation of patches whose first ones are visible
+    image_second: NotRequired[Tensor]  # B 3 H' W', uint8: the same region at the size that a tokenizer wants
+
+
+class ViewsBatch(Batch):
+    """For momentum_guidance: `image` is the view that is reconstructed."""
+
+    image_other: Tensor  # B 3 H W, uint8: another view of the same picture
+    ids_shuffle: Tensor  # B N, one permutation for both views
 
 
 class LabelledBatch(Batch):

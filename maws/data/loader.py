@@ -4,6 +4,7 @@ A batch is a function of its step, so the loader has no state either: a worker i
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,8 +16,9 @@ from data_pipeline.images import BadImage, decode
 from data_pipeline.shardset import ShardSet
 from maws.config import ConfigError, DataConfig
 from maws.data.batch import BadSample, Batch
+from maws.data.masks import Grid, Masking, make_mask
 from maws.data.order import Item, Order, Part
-from maws.data.transforms import random_resized_crop
+from maws.data.views import View, show, view_of
 
 MAX_REPLACEMENTS = 100  # in a row, in one stream: then it is not a sample that is broken but the shard set
 
@@ -39,15 +41,68 @@ def make_order(cfg: DataConfig, shards: ShardSet, seed: int, batch_size: int, la
 
 
 class LoadImage:
-    """The part of a sample that every stage has: a random crop of its picture."""
+    """The part of a sample that every stage has: a view of its picture, uint8 3 H W.
 
-    def __init__(self, cfg: DataConfig, shards: ShardSet, seed: int, image_size: int) -> None:
-        self.cfg, self.shards, self.seed, self.image_size = cfg, shards, seed, image_size
+    With `second_size` also `image_second`, the same region at that size, for tokenizers.
+    """
+
+    def __init__(self, cfg: DataConfig, shards: ShardSet, seed: int, image_size: int, second_size: int = 0) -> None:
+        self.view, self.shards, self.seed = view_of(cfg), shards, seed
+        self.image_size, self.second_size = image_size, second_size
 
     def __call__(self, item: Item) -> Sample:
         image = decode(self.shards.image_bytes(item.shard, item.row))
         rng = item.stream(self.seed, "augment")
-        return {"image": random_resized_crop(image, self.image_size, self.cfg.crop_scale, self.cfg.flip, rng)}
+        if not self.second_size:
+            return {"image": self.view(image, self.image_size, rng)}
+        first, second = self.view.with_second(image, self.image_size, self.second_size, rng)
+        return {"image": first, "image_second": second}
+
+
+class LoadTwoViews:
+    """Two views of a picture, drawn independently: `image` and `image_other`, uint8 3 H W.
+
+    With `same_crop` the second shows the region of the first, mirrored alike, so that their patches correspond; its
+    colours are its own. A view that is None is the one of the run's `data.` settings.
+    """
+
+    def __init__(
+        self, cfg: DataConfig, first: View | None, second: View | None, shards: ShardSet, seed: int, image_size: int,
+        same_crop: bool = False,
+    ) -> None:  # fmt: skip
+        self.first, self.second = first or view_of(cfg), second or view_of(cfg)
+        self.shards, self.seed, self.image_size, self.same_crop = shards, seed, image_size, same_crop
+
+    def __call__(self, item: Item) -> Sample:
+        image = decode(self.shards.image_bytes(item.shard, item.row))
+        size, rng, other = self.image_size, item.stream(self.seed, "augment"), item.stream(self.seed, "augment other")
+        cut = self.first.cut(image, size, rng)
+        cut_other = cut if self.same_crop else self.second.cut(image, size, other)
+        return {
+            "image": show(cut.at(size), self.first.changes(size, rng)),
+            "image_other": show(cut_other.at(size), self.second.changes(size, other)),
+        }
+
+
+@dataclass
+class LoadMasked:
+    """What `load` gives, and `ids_shuffle` (N, int64): a permutation of the patches whose first ones are visible.
+
+    Drawn from (seed, epoch, key), so it is the same on any number of ranks. Raises ConfigError for a masking that the
+    grid (rows, columns of patches) cannot have.
+    """
+
+    load: Load
+    masking: Masking
+    grid: Grid
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.masking.check(self.grid)
+
+    def __call__(self, item: Item) -> Sample:
+        mask = make_mask(self.masking, item.stream(self.seed, "mask"), self.grid)
+        return self.load(item) | {"ids_shuffle": torch.from_numpy(mask)}
 
 
 class StepDataset(Dataset[Batch]):

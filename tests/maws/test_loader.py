@@ -12,9 +12,8 @@ from maws import stages
 from maws.config import ConfigError, DataConfig, override
 from maws.data import loader
 from maws.data.loader import LoadImage, StepDataset, batches
-from maws.data.masks import random_mask, visible_patches
 from maws.data.order import Item, Order, Part
-from maws.data.transforms import Preprocess, crop_box, random_resized_crop
+from maws.data.transforms import Preprocess, crop_box
 from maws.trainer import Quarantine
 
 
@@ -101,33 +100,12 @@ def test_crops_take_the_asked_share_of_the_area_and_stay_inside():
         assert 0.73 < (right - left) / (bottom - top) < 1.37
 
 
-def test_a_flip_mirrors_the_crop_and_nothing_else():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
-
-    def crop(flip: bool, seed: int) -> torch.Tensor:
-        return random_resized_crop(image, 16, (0.3, 0.8), flip, np.random.default_rng(seed))
-
-    flipped = sum(not torch.equal(crop(True, s), crop(False, s)) for s in range(40))
-    assert 8 < flipped < 32
-    for s in range(40):
-        a, b = crop(True, s).float(), crop(False, s).float()
-        assert torch.equal(a, b) or (a - b.flip(2)).abs().max() <= 1
-
-
 def test_evaluation_images_are_resized_by_the_short_side_and_cut_in_the_middle():
     wide = np.zeros((50, 100, 3), np.uint8)
     wide[:, 25:75] = 255
     out = Preprocess(image_size=40)(Image.fromarray(wide))
     assert out.shape == (3, 40, 40) and out.dtype == torch.uint8
     assert out[:, :, 2:-2].min() > 250
-
-
-def test_masks_are_permutations_that_keep_the_asked_share():
-    rng = np.random.default_rng(0)
-    visible = [set(random_mask(rng, 36)[: visible_patches(36, 0.75)].tolist()) for _ in range(400)]
-    assert {len(v) for v in visible} == {9}
-    counts = np.bincount([i for v in visible for i in v], minlength=36)
-    assert counts.min() > 60 and counts.max() < 145  # 100 expected, 6 standard deviations at most
 
 
 def test_captions_reach_the_text_tower_as_tokens(shards, tmp_path):
