@@ -11,7 +11,6 @@ release = open_release("runs/demo/mae_wsp"); tower = load_image_tower(release)
 """
 
 import json
-import logging
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -24,25 +23,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maws import dist
 from maws.checkpoint import CheckpointError
-from maws.data.masks import random_mask, visible_patches
+from maws.data.masks import Masking, make_mask
 from maws.data.tokenizer import Tokenizer
 from maws.data.tokenizer import load_tokenizer as load_tokenizer_folder
 from maws.data.transforms import Preprocess
 from maws.files import sha256, sync, write_json, write_whole
-from maws.models.init import Gather
 from maws.models.mae import DecoderShape, MaskedAutoencoder
 from maws.models.text import TextShape, TextTower
 from maws.models.two_tower import TwoTower
 from maws.models.vit import Shape, VisionTransformer
-from maws.objectives.masked_pixels import reconstruct
+from maws.objectives.masked_patches import reconstruct
 from maws.seeding import stream
 
-log = logging.getLogger(__name__)
-
 FORMAT = 1
-ENCODER = r"(patch_embed|blocks|norm|cls_token|pos_embed)(\..*)?"  # the names of an image tower
+ENCODER = r"(patch_embed|blocks|norm|cls_token|pos_embed|rel_pos_bias)(\..*)?"  # the names of an image tower
 
 
 @dataclass(frozen=True)
@@ -151,40 +146,6 @@ def image_tower_weights(release: Release) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in found.items()}
 
 
-@torch.no_grad()
-def load_backbone(tower: VisionTransformer, release: Release, gather: Gather) -> None:
-    """Give a (possibly partitioned) image tower the weights of a release, and print what was taken, dropped and new.
-
-    Raises CheckpointError when a tensor is missing or has another shape.
-    """
-    weights = image_tower_weights(release) if dist.rank() == 0 else {}
-    own = [(n, p) for n, p in tower.named_parameters() if re.fullmatch(ENCODER, n)]
-    wrong = [
-        f"{n} is {tuple(weights[n].shape) if n in weights else 'missing'} there and {_shape(p)} here"
-        for n, p in own
-        if dist.rank() == 0 and (n not in weights or tuple(weights[n].shape) != _shape(p))
-    ]
-    if wrong := dist.broadcast(wrong):
-        raise CheckpointError(
-            f"{release.folder} ({release.config['variant']}, {release.config['image_size']} px) does not fit this "
-            f"model: {'; '.join(wrong[:3])}; choose the preset or model.* settings it was trained with"
-        )
-    for name, param in own:
-        with gather([param]):
-            if dist.rank() == 0:
-                param.copy_(weights[name])
-    if dist.rank() == 0:
-        total = len(read_weights(release))
-        log.info(
-            "started from %s (%s): %d tensors taken, %d of its own dropped (decoder, head or text side)",
-            release.folder, " → ".join(release.lineage), len(own), total - len(own),
-        )  # fmt: skip
-
-
-def _shape(param: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(param, "ds_shape", param.shape))
-
-
 def load_image_tower(release: Release) -> VisionTransformer:
     """The frozen image tower of any stage's release, in evaluation mode, fp32, on the CPU."""
     tower = VisionTransformer(release.shape, release.config["image_size"])
@@ -192,11 +153,31 @@ def load_image_tower(release: Release) -> VisionTransformer:
 
 
 def load_masked_autoencoder(release: Release) -> "Reconstructor":
-    """Encoder and decoder of an MAE release. Raises CheckpointError for another stage."""
-    if release.stage != "mae":
-        raise CheckpointError(f"{release.folder} is a {release.stage} release; only MAE releases keep a decoder")
-    mae = MaskedAutoencoder(release.shape, release.config["image_size"], DecoderShape(**release.config["decoder"]))
-    return Reconstructor(_loaded(mae, read_weights(release), release), release)
+    """Encoder and decoder of an MAE or LC-MAE release. Raises CheckpointError for others, and targets not of pixels."""
+    config = release.config
+    if "decoder" not in config:
+        raise CheckpointError(
+            f"{release.folder} is a {release.stage} release; only those of mae and lc_mae keep a decoder"
+        )
+    kind = _target_kind(config)
+    if kind not in ("norm_pixels", "pixels"):
+        raise CheckpointError(
+            f"{release.folder} predicts {kind}, which cannot be painted; only MAE releases with "
+            f"target.kind=norm_pixels or pixels can"
+        )
+    mae = MaskedAutoencoder(
+        release.shape, config["image_size"], DecoderShape(**config["decoder"]),
+        encode_mask_tokens=config.get("encode_mask_tokens", False),
+    )  # fmt: skip
+    masking = Masking(**config["mask"]) if "mask" in config else Masking(ratio=config["mask_ratio"])
+    return Reconstructor(_loaded(mae, read_weights(release), release), masking, norm_pix=kind == "norm_pixels")
+
+
+def _target_kind(config: dict[str, Any]) -> str:
+    """Before there were other targets, a release said norm_pix and mask_ratio instead of target and mask."""
+    if "target" in config:
+        return config["target"]["kind"]
+    return "norm_pixels" if config["norm_pix"] else "pixels"
 
 
 def load_two_tower(release: Release) -> TwoTower:
@@ -219,18 +200,17 @@ def load_tokenizer(release: Release) -> Tokenizer:
 
 
 class Reconstructor(nn.Module):
-    """A masked autoencoder to look at."""
+    """A masked autoencoder of pixels to look at."""
 
-    def __init__(self, autoencoder: MaskedAutoencoder, release: Release) -> None:
+    def __init__(self, autoencoder: MaskedAutoencoder, masking: Masking, norm_pix: bool) -> None:
         super().__init__()
-        self.autoencoder, self.patches = autoencoder, autoencoder.patch_embed.num_patches
-        self.mask_ratio, self.norm_pix = release.config["mask_ratio"], release.config["norm_pix"]
+        self.autoencoder, self.masking, self.norm_pix = autoencoder, masking, norm_pix
 
     def reconstruct(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Normalised images (B 3 H W) with their masked patches filled in, and the mask (B N, 1 = was removed)."""
-        ids = [torch.from_numpy(random_mask(stream(seed, "mask", i), self.patches)) for i in range(len(images))]
-        keep = visible_patches(self.patches, self.mask_ratio)
-        return reconstruct(self.autoencoder, images, torch.stack(ids), keep, self.norm_pix)
+        grid = self.autoencoder.grid
+        ids = [torch.from_numpy(make_mask(self.masking, stream(seed, "mask", i), grid)) for i in range(len(images))]
+        return reconstruct(self.autoencoder, images, torch.stack(ids), self.masking.keep(grid), self.norm_pix)
 
 
 def _loaded(module: Any, weights: dict[str, Tensor], release: Release) -> Any:

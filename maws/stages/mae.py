@@ -3,10 +3,17 @@
     deepspeed maws/train.py --stage mae --preset demo --run runs/demo/mae data.shards=runs/demo/shards
 
 Reads the images of a shard set; captions and synsets play no part, but the resampling does (recipes §5.2-8).
-`vit_b16` holds the paper's numbers and has not been trained by this project.
+
+    vit_b16 … vit_6.5b14               MAWS: one epoch of billions of images (recipes §2.5)
+    vit_b16_in1k …                     MAE on ImageNet-1k, 1600 epochs
+    vit_l16_ablation, vit_l16_block50 …   one row each of MAE's Table 1 (ABLATIONS; recipes §2.3)
+    long_b16_448, long_b16_448_ld196 …    long-sequence MAE (LONG_SEQUENCE; recipes §3, §10.5)
+    pixio_h16                          a deep decoder, blocks of 4 x 4 patches, 8 class tokens
+
+They hold the papers' numbers; this project has trained only `demo` and `debug`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,94 +24,189 @@ from maws.config import (
     ConfigError,
     DataConfig,
     Duration,
+    EngineConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
+    override,
 )
-from maws.data.loader import LoadImage, Sample, StepDataset, make_order
-from maws.data.masks import random_mask, visible_patches
-from maws.data.order import Item, Part
+from maws.data.loader import LoadImage, LoadMasked, StepDataset, make_order
+from maws.data.masks import Masking
+from maws.data.order import Part
+from maws.handover import Handover, load_backbone
 from maws.models.init import Gather
 from maws.models.mae import DecoderShape, MaskedAutoencoder
-from maws.models.vit import VARIANTS
-from maws.objectives.masked_pixels import MaskedPixels
+from maws.objectives.masked_patches import MaskedPatches
+from maws.objectives.targets import Target, TargetConfig, make_target
 from maws.optim import BASE, NO_DECAY, Rules
-from maws.release import describe, load_backbone, open_release
-from maws.stages import ReleaseParts, image_side, patch_count
+from maws.release import describe, open_release
+from maws.stages import ReleaseParts, grid_of, image_side, options_of, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
-    mask_ratio: float = 0.75
-    norm_pix: bool = True  # the target is each patch with its own mean and deviation taken out
+    mask: Masking = field(default_factory=Masking)
+    target: TargetConfig = field(default_factory=TargetConfig)
     decoder: DecoderShape = field(default_factory=DecoderShape)
+    encode_mask_tokens: bool = False  # the encoder sees a mask token for every masked patch: 3.3 times the compute
 
 
 def prepare(cfg: Config, shards: ShardSet, run: Path) -> Config:
-    if not 0 < cfg.mask_ratio < 1:
-        raise ConfigError(f"mask_ratio={cfg.mask_ratio} must lie between 0 and 1; the paper's is 0.75")
-    patches = patch_count(cfg.model)
-    if not 0 < visible_patches(patches, cfg.mask_ratio) < patches:
-        raise ConfigError(f"mask_ratio={cfg.mask_ratio} leaves no patch visible or none masked of {patches}")
+    cfg.mask.check(grid_of(cfg.model))
+    d = cfg.decoder
+    if d.depth < 1 or d.heads < 1 or d.width % d.heads or d.width % 4:
+        raise ConfigError(
+            f"decoder.width={d.width}, depth={d.depth}, heads={d.heads}: the width must be a multiple of the heads and "
+            f"of 4 (its sine-cosine positions), depth and heads at least 1; MAE's are 512, 8 and 16"
+        )
+    try:
+        with torch.device("meta"):  # one block of each is enough to see
+            one = replace(shape_of(cfg.model), depth=1)
+            MaskedAutoencoder(one, image_side(cfg.model), replace(d, depth=1), options_of(cfg.model))
+    except ValueError as e:
+        raise ConfigError(f"model.* and decoder.* do not go together: {e}") from None
+    _target(cfg).check()
     return cfg
 
 
-def objective(cfg: Config, shards: ShardSet) -> MaskedPixels:
+def objective(cfg: Config, shards: ShardSet) -> MaskedPatches:
+    target, shape, options = _target(cfg), shape_of(cfg.model), options_of(cfg.model)
     autoencoder = MaskedAutoencoder(
-        VARIANTS[cfg.model.variant], image_side(cfg.model), cfg.decoder, cfg.model.checkpoint_blocks
+        shape, image_side(cfg.model), cfg.decoder, options, target.outputs, cfg.encode_mask_tokens
     )
-    keep = visible_patches(patch_count(cfg.model), cfg.mask_ratio)
-    return MaskedPixels(autoencoder, keep, cfg.data.mean, cfg.data.std, cfg.norm_pix)
+    return MaskedPatches(autoencoder, cfg.mask.keep(grid_of(cfg.model)), cfg.data.mean, cfg.data.std, target)
 
 
-def initialise(objective: MaskedPixels, cfg: Config, gather: Gather) -> None:
-    if cfg.init_from:
-        load_backbone(objective.autoencoder, open_release(cfg.init_from), gather)
+def _target(cfg: Config) -> Target:
+    times = 2 if cfg.decoder.reduction != "none" and not cfg.decoder.restore else 1  # side of a predicted patch
+    patch, (rows, cols) = times * shape_of(cfg.model).patch, grid_of(cfg.model)
+    side, grid = image_side(cfg.model), (rows // times, cols // times)
+    return make_target(cfg.target, patch, side, grid, cfg.data.mean, cfg.data.std)
+
+
+def initialise(objective: MaskedPatches, cfg: Config, gather: Gather) -> Handover | None:
+    if not cfg.init_from:
+        return None
+    return load_backbone(objective.autoencoder, open_release(cfg.init_from), gather, cfg.handover)
 
 
 def dataset(cfg: Config, shards: ShardSet, run: Path, part: Part) -> StepDataset:
     order = make_order(cfg.data, shards, cfg.seed, cfg.optim.batch_size)
-    image = LoadImage(cfg.data, shards, cfg.seed, image_side(cfg.model))
-    return StepDataset(order, part, LoadMasked(image, cfg.seed, patch_count(cfg.model)))
-
-
-@dataclass
-class LoadMasked:
-    """An image and which of its patches are hidden, drawn from (seed, epoch, key): the same on any world size."""
-
-    image: LoadImage
-    seed: int
-    patches: int
-
-    def __call__(self, item: Item) -> Sample:
-        mask = random_mask(item.stream(self.seed, "mask"), self.patches)
-        return self.image(item) | {"ids_shuffle": torch.from_numpy(mask)}
+    second = cfg.target.image_size if cfg.target.kind == "tokens" else 0
+    image = LoadImage(cfg.data, shards, cfg.seed, image_side(cfg.model), second)
+    return StepDataset(order, part, LoadMasked(image, cfg.mask, grid_of(cfg.model), cfg.seed))
 
 
 def param_rules(cfg: Config) -> Rules:
+    fixed = r".*pos_embed" if cfg.model.positions == "sincos" else r".*decoder_pos_embed"
     return [
-        (r".*pos_embed", None),  # fixed sine-cosine tables
-        (r".*(bias|norm\d?\.weight|cls_token|mask_token)", NO_DECAY),
+        (fixed, None),  # sine-cosine tables
+        (r".*(bias|norm\d?\.weight)", NO_DECAY),  # one axis; tokens have three and decay (recipes §2.5)
         (r".*", BASE),
     ]
 
 
-def release(objective: MaskedPixels, cfg: Config, shards: ShardSet, run: Path) -> ReleaseParts:
-    config = {"decoder": describe(cfg.decoder), "mask_ratio": cfg.mask_ratio, "norm_pix": cfg.norm_pix}
+def release(objective: MaskedPatches, cfg: Config, shards: ShardSet, run: Path) -> ReleaseParts:
+    config = {
+        "decoder": describe(cfg.decoder),
+        "mask": describe(cfg.mask),
+        "target": describe(cfg.target),
+        "encode_mask_tokens": cfg.encode_mask_tokens,
+    }
     return ReleaseParts(lambda name: name.removeprefix("autoencoder."), config, {})
 
 
-PRESETS = {
-    # recipes §2.5, MAWS column; warm-up is NOT FOUND there and follows its suggestion.
-    "vit_b16": Config(
-        model=ModelConfig(variant="vit_b16"),
+def _maws(variant: str, precision: str = "auto") -> Config:
+    """recipes §2.5, MAWS column: one epoch of its data; warm-up is NOT FOUND there and follows its suggestion."""
+    return Config(
+        model=ModelConfig(variant=variant),
         data=DataConfig(crop_scale=(0.2, 1.0), workers=8),
         optim=OptimConfig(
             batch_size=4096, lr=1.5e-4, lr_batch=256, betas=(0.9, 0.95), weight_decay=0.05,
             schedule="cosine", warmup=Duration(5, "percent"), length=Duration(1, "epochs"),
         ),
-    ),
+        engine=EngineConfig(precision=precision),
+    )  # fmt: skip
+
+
+SIZES = ("vit_ti16", "vit_s16", "vit_b16", "vit_l16", "vit_h14", "vit_2b14")
+PRESETS = {variant: _maws(variant) for variant in SIZES}
+PRESETS["vit_6.5b14"] = _maws("vit_6.5b14", "fp32")  # it diverged in half precision (recipes §2.6)
+
+# A picture of ImageNet-1k is seen once an epoch, whatever its classes: no repeat factors.
+IN1K = ("optim.length=1600 epochs", "optim.warmup=40 epochs", "data.resample=no")
+PRESETS |= {f"{variant}_in1k": override(PRESETS[variant], IN1K) for variant in ("vit_b16", "vit_l16", "vit_h14")}
+
+# MAE's ablations are 800 epochs of ViT-L with plain pixels as targets; each row below changes what it says and no more.
+PRESETS["vit_l16_ablation"] = override(PRESETS["vit_l16_in1k"], ["optim.length=800 epochs", "target.kind=pixels"])
+ABLATIONS: dict[str, tuple[str, ...]] = {
+    "block50": ("mask.kind=block", "mask.ratio=0.5"),
+    "block75": ("mask.kind=block",),
+    "grid75": ("mask.kind=grid",),
+    "norm_pixels": ("target.kind=norm_pixels",),
+    "pca": ("target.kind=pca",),  # and target.file=…
+    "tokens": ("target.kind=tokens", "target.image_size=112"),  # and target.tokenizer=…
+    "encoder_mask_tokens": ("encode_mask_tokens=yes",),
+    **{f"decoder_depth{n}": (f"decoder.depth={n}",) for n in (1, 2, 4, 12)},
+    **{f"decoder_width{n}": (f"decoder.width={n}",) for n in (128, 256, 768, 1024)},
+    "no_augmentation": ("data.crop=centre",),
+    "fixed_crop": ("data.crop=fixed",),
+    "colour_jitter": ("data.jitter=0.4,0.4,0.2,0.1",),  # its strength is NOT FOUND for MAE; this is LC-MAE's
+}
+PRESETS |= {f"vit_l16_{row}": override(PRESETS["vit_l16_ablation"], changes) for row, changes in ABLATIONS.items()}
+
+# Long sequences: 28 x 28 patches, hidden as squares of 2 x 2, and a decoder of half the encoder's width with as many
+# heads (recipes §3.3). Rows of recipes §10.5 change what they say; `_le` and `_ld` are lengths of encoder and decoder.
+PRESETS["long_b16_448"] = override(
+    PRESETS["vit_b16_in1k"],
+    ["optim.length=800 epochs", "model.image_size=448", "mask.kind=unit", "mask.unit=2",
+     "decoder.width=384", "decoder.heads=12"],
+)  # fmt: skip
+VIT_L = ("model.variant=vit_l16", "decoder.width=512", "decoder.heads=16")
+VIT_H = ("model.variant=vit_h14", "decoder.width=640", "decoder.heads=16")
+LONG_SEQUENCE: dict[str, tuple[str, ...]] = {
+    "long_b16_224": ("model.image_size=224", "mask.unit=1"),  # the baseline, L=196
+    "long_b16_224_4x": ("model.image_size=224", "mask.unit=1", "optim.length=3200 epochs"),
+    **{f"long_b16_{side}": (f"model.image_size={side}",) for side in (320, 384, 512)},
+    "long_b16_448_m1": ("mask.unit=1",),
+    "long_b16_448_m4": ("mask.unit=4",),
+    "long_b16_448_le49": ("mask.ratio=0.9375",),
+    "long_b16_448_ld196": ("decoder.reduction=conv",),
+    "long_b16_448_ld196_average": ("decoder.reduction=average",),
+    "long_b16_448_ld196_restore": ("decoder.reduction=conv", "decoder.restore=yes"),
+    "long_b8_224": ("model.image_size=224", "model.patch=8"),
+    "long_b24_672": ("model.image_size=672", "model.patch=24"),
+    "long_l16_224": (*VIT_L, "model.image_size=224", "mask.unit=1"),
+    "long_l16_448": VIT_L,
+    "long_h14_224": (*VIT_H, "model.image_size=224"),
+    "long_h7_224": (*VIT_H, "model.image_size=224", "model.patch=7"),
+}
+PRESETS |= {row: override(PRESETS["long_b16_448"], changes) for row, changes in LONG_SEQUENCE.items()}
+
+# Epochs by data set (recipes §3.4). COCO's 40 epochs of warm-up were epochs of a folder that held it several times.
+LONG_DATA: dict[str, tuple[str, ...]] = {
+    "coco": ("optim.length=4000 epochs", "optim.warmup=200 epochs"),  # train2017 and unlabeled2017
+    "coco_train": ("optim.length=8000 epochs", "optim.warmup=400 epochs"),  # its warm-up: ours, the same share
+    "in1k_1600": ("optim.length=1600 epochs",),
+    "openimages": ("optim.length=800 epochs",),
+    "places": ("optim.length=600 epochs",),
+}
+PRESETS |= {
+    f"{base}_{data}": override(PRESETS[base], changes)
+    for base in ("long_b16_224", "long_b16_448", "long_l16_224", "long_l16_448")
+    for data, changes in LONG_DATA.items()
+}
+
+# Pixio: its decoder, blocks of 4 x 4, class tokens and picture size; what else it does differently is not known to us,
+# so the rest is MAWS's ViT-H with patches of 16.
+PRESETS["pixio_h16"] = override(
+    PRESETS["vit_h14"],
+    ["model.patch=16", "model.image_size=256", "model.class_tokens=8", "decoder.depth=32",
+     "mask.kind=unit", "mask.unit=4"],
+)  # fmt: skip
+
+PRESETS |= {
     # ours: 2.7M + 0.3M parameters, minutes on two CPU cores
     "demo": Config(
         model=ModelConfig(variant="nano"),
@@ -118,9 +220,9 @@ PRESETS = {
     "debug": Config(
         model=ModelConfig(variant="atto"),
         optim=OptimConfig(
-            batch_size=16, lr=2e-3, warmup=Duration(2, "steps"), length=Duration(20, "steps"),
+            batch_size=16, lr=2e-3, warmup=Duration(2, "steps"), length=Duration(40, "steps"),
         ),
-        checkpoint=CheckpointConfig(every=Duration(5, "steps")),
+        checkpoint=CheckpointConfig(every=Duration(10, "steps")),
         log=LogConfig(every=1),
         decoder=DecoderShape(width=32, depth=1, heads=2),
     ),
