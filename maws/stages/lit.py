@@ -29,14 +29,14 @@ from maws.config import (
 from maws.data.loader import LoadImage, Sample, StepDataset, make_order
 from maws.data.order import Item, Part
 from maws.data.tokenizer import PretrainedTokenizer, Tokenizer, clean_caption, load_tokenizer, train_tokenizer
+from maws.handover import Handover, load_backbone
 from maws.models.init import Gather
 from maws.models.text import TEXT_VARIANTS, TextShape, TextTower, load_pretrained
 from maws.models.two_tower import TwoTower
-from maws.models.vit import build_vit
 from maws.objectives.contrastive import Contrastive
 from maws.optim import BASE, NO_DECAY, Rules, Treatment
-from maws.release import describe, load_backbone, open_release
-from maws.stages import ReleaseParts, image_side
+from maws.release import describe, open_release
+from maws.stages import ReleaseParts, backbone, image_side
 
 log = logging.getLogger(__name__)
 
@@ -76,17 +76,15 @@ def prepare(cfg: Config, shards: ShardSet, run: Path) -> Config:
 
 
 def objective(cfg: Config, shards: ShardSet) -> Contrastive:
-    m = cfg.model
-    image = build_vit(m.variant, image_side(m), m.drop_path, m.checkpoint_blocks, seed=None)
-    return Contrastive(
-        TwoTower(image, TextTower(_text_shape(cfg)), cfg.joint_width, cfg.lock), cfg.data.mean, cfg.data.std
-    )
+    towers = TwoTower(backbone(cfg.model), TextTower(_text_shape(cfg)), cfg.joint_width, cfg.lock)
+    return Contrastive(towers, cfg.data.mean, cfg.data.std)
 
 
-def initialise(objective: Contrastive, cfg: Config, gather: Gather) -> None:
-    load_backbone(objective.towers.image, open_release(cfg.init_from), gather)
+def initialise(objective: Contrastive, cfg: Config, gather: Gather) -> Handover:
+    handover = load_backbone(objective.towers.image, open_release(cfg.init_from), gather, cfg.handover)
     if cfg.text.pretrained:
         load_pretrained(objective.towers.text, cfg.text.pretrained, gather, writer=dist.rank() == 0)
+    return handover
 
 
 def dataset(cfg: Config, shards: ShardSet, run: Path, part: Part) -> StepDataset:
@@ -171,7 +169,7 @@ PRESETS = {
         data=DataConfig(crop_scale=(0.8, 1.0), flip=False, resample=False),
         optim=OptimConfig(
             batch_size=128, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0,
-            schedule="cosine", warmup=Duration(5, "percent"), length=Duration(200, "steps"),
+            schedule="cosine", warmup=Duration(5, "percent"), length=Duration(250, "steps"),
         ),
         text=TextConfig(variant="nano"),
         joint_width=128,
@@ -180,9 +178,9 @@ PRESETS = {
         model=ModelConfig(variant="atto"),
         data=DataConfig(flip=False),
         optim=OptimConfig(
-            batch_size=16, lr=2e-3, clip=1.0, warmup=Duration(2, "steps"), length=Duration(20, "steps"),
+            batch_size=16, lr=2e-3, clip=1.0, warmup=Duration(2, "steps"), length=Duration(40, "steps"),
         ),
-        checkpoint=CheckpointConfig(every=Duration(5, "steps")),
+        checkpoint=CheckpointConfig(every=Duration(10, "steps")),
         log=LogConfig(every=1),
         text=TextConfig(variant="atto"),
         joint_width=32,

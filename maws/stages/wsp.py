@@ -4,12 +4,13 @@
         data.shards=runs/demo/shards
 
 Without `--init-from` it starts from random values: the baseline that MAE pre-pretraining is compared with.
-`vit_b16` holds the paper's numbers where recipes §6.3 has them; it has not been trained by this project.
+The presets `vit_…` hold the paper's numbers where recipes §6.3 has them; none has been trained by this project.
 """
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,18 +30,22 @@ from maws.data.batch import LabelledBatch
 from maws.data.loader import LoadImage, Sample, StepDataset, make_order
 from maws.data.masks import random_mask, visible_patches
 from maws.data.order import Item, Order, Part
+from maws.handover import Handover, load_backbone
 from maws.models.init import Gather
-from maws.models.vit import build_vit
-from maws.objectives.multi_label import MultiLabel
+from maws.objectives.chunked_softmax import LOSSES
+from maws.objectives.multi_label import HEADS, MultiLabel
 from maws.optim import BASE, NO_DECAY, Rules
-from maws.release import load_backbone, open_release
+from maws.release import open_release
 from maws.seeding import derive
-from maws.stages import ReleaseParts, image_side, patch_count
+from maws.stages import ReleaseParts, backbone, image_side, patch_count
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
     head: str = "mlp"  # mlp or linear, recipes §6.2
+    loss: str = "softmax"  # against 1/k on each of k synsets; or sigmoid, a yes or no for each (recipes §6.1)
+    chunk: int = 0  # synsets scored at a time: memory is batch x chunk; 0: chosen. Changes nothing else
+    initial: str = "mae"  # the trunk's values when it starts from scratch: mae (recipes §2.4) or swag (§6.3)
     prior_bias: bool = False  # start the head's bias at the log of each synset's share; else at 0, as SWAG's code does
     mixup: float = 0.0  # alpha of Beta(alpha, alpha); 0 mixes nothing
     mask_ratio: float = 0.0  # share of random patches left out, for speed (Li et al., 2023, FLIP); 0: none, as in MAWS
@@ -48,8 +53,15 @@ class Config(TrainConfig):
 
 
 def prepare(cfg: Config, shards: ShardSet, run: Path) -> Config:
-    if cfg.head not in ("mlp", "linear"):
-        raise ConfigError(f"head={cfg.head} is not known; use mlp or linear")
+    for name, value, known in (
+        ("head", cfg.head, HEADS), ("loss", cfg.loss, LOSSES), ("initial", cfg.initial, ("mae", "swag")),
+    ):  # fmt: skip
+        if value not in known:
+            raise ConfigError(f"{name}={value} is not known; use {' or '.join(known)}")
+    if cfg.chunk < 0:
+        raise ConfigError(f"chunk={cfg.chunk} must be a number of synsets, or 0 to have it chosen")
+    if cfg.prior_bias and cfg.loss != "softmax":
+        raise ConfigError(f"prior_bias=true is the prior of a softmax; leave it out with loss={cfg.loss}")
     if not shards.vocabulary:
         raise ConfigError(f"{shards.path} has an empty vocabulary; build it with a lower --min-count")
     patches = patch_count(cfg.model)
@@ -59,15 +71,17 @@ def prepare(cfg: Config, shards: ShardSet, run: Path) -> Config:
 
 
 def objective(cfg: Config, shards: ShardSet) -> MultiLabel:
-    m = cfg.model
-    backbone = build_vit(m.variant, image_side(m), m.drop_path, m.checkpoint_blocks, seed=None)
     counts = [entry.count for entry in shards.vocabulary] if cfg.prior_bias else None
-    return MultiLabel(backbone, cfg.synsets, cfg.data.mean, cfg.data.std, cfg.head, counts)
+    return MultiLabel(
+        backbone(cfg.model), cfg.synsets, cfg.data.mean, cfg.data.std,
+        cfg.head, counts, cfg.loss, cfg.chunk, cfg.initial,
+    )  # fmt: skip
 
 
-def initialise(objective: MultiLabel, cfg: Config, gather: Gather) -> None:
-    if cfg.init_from:
-        load_backbone(objective.backbone, open_release(cfg.init_from), gather)
+def initialise(objective: MultiLabel, cfg: Config, gather: Gather) -> Handover | None:
+    if not cfg.init_from:
+        return None
+    return load_backbone(objective.backbone, open_release(cfg.init_from), gather, cfg.handover)
 
 
 def dataset(cfg: Config, shards: ShardSet, run: Path, part: Part) -> StepDataset:
@@ -120,28 +134,50 @@ class Mix:
 
 def param_rules(cfg: Config) -> Rules:
     return [
-        (r".*(bias|norm\d?\.weight|cls_token|pos_embed)", NO_DECAY),  # the position table is learned (recipes §7)
-        (r".*", BASE),
+        (r".*(bias|norm\d?\.weight)", NO_DECAY),  # recipes §6.3
+        (r".*", BASE),  # positions too: they are learned (recipes §7)
     ]
 
 
 def release(objective: MultiLabel, cfg: Config, shards: ShardSet, run: Path) -> ReleaseParts:
-    config = {"classes": cfg.synsets, "head": cfg.head}
+    config = {"classes": cfg.synsets, "head": cfg.head, "loss": cfg.loss}
     vocabulary = {"vocabulary.parquet": shards.path / "vocabulary.parquet"}
     return ReleaseParts(lambda name: name.removeprefix("backbone."), config, vocabulary)
 
 
-PRESETS = {
-    # MAWS gives no numbers for WSP in its main text; these are recipes §6.3's suggestions.
-    "vit_b16": Config(
-        model=ModelConfig(variant="vit_b16"),
-        data=DataConfig(crop_scale=(0.08, 1.0), workers=8),
+def paper(variant: str, checkpoint_blocks: str = "none", mixup: float = 0.1, **data: Any) -> Config:
+    """MAWS's WSP, with the same hyper-parameters for every size (MAWS §4.1).
+
+    The main text gives no numbers; these are recipes §6.3's suggestions. `checkpoint_blocks` is for memory alone.
+    """
+    return Config(
+        model=ModelConfig(variant=variant, checkpoint_blocks=checkpoint_blocks),
+        data=DataConfig(crop_scale=(0.08, 1.0), workers=8, **data),
         optim=OptimConfig(
             batch_size=8192, lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0,
             schedule="linear", warmup=Duration(5, "percent"), length=Duration(1, "epochs"),
         ),
-        mixup=0.1,
-    ),
+        mixup=mixup,
+    )  # fmt: skip
+
+
+def in21k() -> Config:
+    """ImageNet-21k, one label an image (MAWS Fig. 6), from scratch; from an MAE run set optim.lr=6e-5 (§6.3)."""
+    cfg = paper("vit_l16", mixup=0.5, resample=False)
+    return dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, dropout=0.1),
+        optim=dataclasses.replace(cfg.optim, length=Duration(90, "epochs")),
+    )
+
+
+PRESETS = {
+    "vit_b16": paper("vit_b16"),
+    "vit_l16": paper("vit_l16"),
+    "vit_h14": paper("vit_h14"),
+    "vit_2b14": paper("vit_2b14", checkpoint_blocks="all"),
+    "vit_6.5b14": paper("vit_6.5b14", checkpoint_blocks="all"),
+    "vit_l16_in21k": in21k(),
     # ours; tried on the linear probe with one training vendor held out, never on the evaluation vendor
     "demo": Config(
         model=ModelConfig(variant="nano"),
@@ -155,9 +191,9 @@ PRESETS = {
     "debug": Config(
         model=ModelConfig(variant="atto"),
         optim=OptimConfig(
-            batch_size=16, lr=2e-3, clip=1.0, warmup=Duration(2, "steps"), length=Duration(20, "steps"),
+            batch_size=16, lr=2e-3, clip=1.0, warmup=Duration(2, "steps"), length=Duration(40, "steps"),
         ),
-        checkpoint=CheckpointConfig(every=Duration(5, "steps")),
+        checkpoint=CheckpointConfig(every=Duration(10, "steps")),
         log=LogConfig(every=1),
     ),
 }  # fmt: skip
