@@ -1,6 +1,6 @@
 """Checkpoints of a run: written whole or not at all, checked by hash, readable on any number of ranks.
 
-    RUN/checkpoints/step_0000500/rank_00000.safetensors   each rank's part of weights and moments, by name
+    RUN/checkpoints/step_0000500/rank_00000.safetensors   each rank's part of weights, moments, means; buffers
                                  state.json               step, ranks, the order's identity
                                  manifest.json            size and sha256 of the above
     RUN/checkpoints/latest                                moved last
@@ -8,7 +8,8 @@
 The tensors are safetensors under parameter names, not DeepSpeed's pickles: nothing is executed when a checkpoint is
 read, a parameter's flat partitions can be cut anew for another number of ranks, and DeepSpeed's universal form with its
 two faults in 0.19.8 (hyper-parameters of group 0 everywhere, one shared step count) is not needed. Frozen parameters
-are not saved: they come from the release a stage starts from, which the run's config names with its hash.
+are not saved: they come from the release a stage starts from, which the run's config names with its hash. A momentum
+target's are: as float32 means, under `average/`.
 """
 
 import json
@@ -51,8 +52,7 @@ def save(engine: Engine, folder: Path, step: int, facts: dict[str, Any], keep: i
     entry = {"name": mine.name, "bytes": mine.stat().st_size, "sha256": sha256(mine)}
     files = dist.gather_objects(entry)  # after this every rank has written and synced
     if dist.rank() == 0:
-        sizes = {name: engine.partition(p)[0] for name, p in engine.trained()}
-        state = {"format": FORMAT, "step": step, "ranks": dist.world_size(), "elements": sizes, **facts}
+        state = {"format": FORMAT, "step": step, "ranks": dist.world_size(), **_contents(engine), **facts}
         write_json(tmp / "state.json", state)
         path = tmp / "state.json"
         files.append({"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)})
@@ -139,23 +139,30 @@ def load(engine: Engine, checkpoint: Path, identity: str) -> int:
             f"{checkpoint} was written by a run with another sample order (shard set, seed, batch size, streams or "
             f"window); continuing would not be the same run. Start a new one with another --run"
         )
-    sizes = {name: engine.partition(p)[0] for name, p in engine.trained()}
-    if state["elements"] != sizes:
-        wrong = sorted(k for k in set(sizes) | set(state["elements"]) if sizes.get(k) != state["elements"].get(k))
+    here, there = (c["elements"] | dict.fromkeys(c.get("buffers", []), 0) for c in (_contents(engine), state))
+    if here != there:
+        wrong = sorted(k for k in set(here) | set(there) if here.get(k) != there.get(k))
         raise CheckpointError(f"{checkpoint} holds other parameters than this model: {', '.join(wrong[:5])}")
     engine.load_local_state(_local_part(engine, checkpoint, state["ranks"]), state["step"])
     return state["step"]
 
 
+def _contents(engine: Engine) -> dict[str, Any]:
+    """Which parameters (and of how many elements) and which buffers a checkpoint holds."""
+    sizes = {key.partition("/")[2]: engine.partition(p)[0] for key, p in engine.partitions().items()}
+    return {"elements": sizes, "buffers": sorted(engine.buffers())}
+
+
 def _local_part(engine: Engine, checkpoint: Path, ranks: int) -> dict[str, Tensor]:
-    """This rank's partitions, cut out of those that `ranks` ranks wrote; only the overlapping bytes are read."""
+    """This rank's partitions, cut out of those that `ranks` ranks wrote (only the overlapping bytes are read), and the
+    buffers, which all ranks have alike."""
     out: dict[str, Tensor] = {}
     try:
         files = [safe_open(checkpoint / f"rank_{r:05}.safetensors", "pt") for r in range(ranks)]
-        for name, p in engine.trained():
+        for key, p in engine.partitions().items():
             elements, size = engine.partition(p)
-            for kind in ("weight", "exp_avg", "exp_avg_sq"):
-                out[f"{kind}/{name}"] = _cut(files, f"{kind}/{name}", dist.rank() * size, size, elements)
+            out[key] = _cut(files, key, dist.rank() * size, size, elements)
+        out |= {key: files[0].get_tensor(key) for key in engine.buffers()}
     except (OSError, SafetensorError, KeyError) as e:
         raise CheckpointError(f"{checkpoint} cannot be read: {e}") from None
     return out

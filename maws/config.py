@@ -56,15 +56,25 @@ class Duration:
 class ModelConfig:
     variant: str  # a key of models.vit.VARIANTS
     image_size: int = 0  # pixels; 0 is the variant's own
+    patch: int = 0  # pixels; 0 is the variant's own
+    class_tokens: int = 1  # 0: none
+    positions: str = "sincos"  # how the table starts: sincos, or learned (random); or relative: a bias of the attention
+    pool: str = "cls"  # what stands for an image: cls (the class tokens' mean) or mean (the patches'), after the norm
     drop_path: float = 0.0
-    checkpoint_blocks: bool = False  # recompute every block in the backward pass: less memory, a third more compute
+    dropout: float = 0.0
+    fp32_attention: bool = False  # attention's logits and softmax in float32, whatever engine.precision says
+    checkpoint_blocks: str = "none"  # blocks recomputed in the backward pass, for memory: none, all, every K, first K
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     shards: str = ""  # a shard set made by `python -m data_pipeline build`
+    crop: str = "resized"  # which part of a picture is seen: resized, fixed, centre or simple (data/views.py)
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area that a random resized crop takes
-    flip: bool = True
+    flip: bool | None = None  # mirror half of the pictures; none: yes, but for crop=centre (MAE Table 1e)
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
+    jitter_probability: float = 0.8  # share of pictures whose colours are jittered
+    three_augment: bool = False  # make each picture grey, solarised or blurred (DeiT III)
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     resample: bool = True  # apply the repeat factors of the shard set
@@ -87,6 +97,8 @@ class OptimConfig:
     clip: float = 0.0  # largest global gradient norm; 0 does not clip
     schedule: str = "cosine"  # a key of schedule.SCHEDULES
     warmup: Duration = Duration(5, "percent")
+    warmup_lr: float = 0.0  # where the warm-up begins; meant for the same batch size as `lr`
+    milestone: Duration = Duration(87.5, "percent")  # schedule=multistep: from here on lr x 0.1
     length: Duration
 
     @property
@@ -108,6 +120,14 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HandoverConfig:
+    """How the weights of `init_from` are made to fit where sizes differ (recipes §3.5)."""
+
+    align_corners: bool = False  # of the bicubic resizing of position tables: MAE's false, SWAG's true (recipes §9.4)
+    patch: str = "refuse"  # a patch kernel of another side: refuse, or resample it by bicubic or pinv
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     every: int = 10  # steps between lines of metrics.jsonl
 
@@ -123,6 +143,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
+    handover: HandoverConfig = field(default_factory=HandoverConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

@@ -131,3 +131,22 @@ class _AllGather(torch.autograd.Function):
 def all_gather_with_grad(x: Tensor) -> Tensor:
     """Rows of all ranks in rank order (each rank gives the same number); the gradient goes back to who gave them."""
     return _AllGather.apply(x) if world_size() > 1 else x  # type: ignore[return-value]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.contiguous().clone()
+        td.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.contiguous().clone()
+        td.all_reduce(grad)  # every rank's loss depends on every rank's terms
+        return grad
+
+
+def sum_with_grad(x: Tensor) -> Tensor:
+    """Sum over ranks of tensors of one shape; a rank's terms receive the gradients of all ranks' losses."""
+    return _Sum.apply(x) if world_size() > 1 else x  # type: ignore[return-value]

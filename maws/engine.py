@@ -10,8 +10,8 @@ here. A file that also sets them is an error: one owner per number.
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from maws import dist
 from maws.config import ConfigError, EngineConfig, OptimConfig, load_json, nearest
 from maws.data.batch import Batch, Losses
+from maws.momentum import MomentumTarget
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402 - after the accelerator is chosen, so that it does not probe and warn
 from deepspeed.utils import (  # noqa: E402
+    groups,
     safe_get_full_fp32_param,
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
@@ -130,7 +132,7 @@ class Runtime:
 
     def build(self, objective: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig) -> "Engine":
         adamw = torch.optim.AdamW(groups, lr=optim.peak_lr, betas=optim.betas, weight_decay=optim.weight_decay)
-        set_z3_leaf_modules(objective, LEAVES)
+        set_z3_leaf_modules(objective, LEAVES, raise_if_not_found=False)
         engine, *_ = deepspeed.initialize(
             model=objective, optimizer=adamw, config=self.config, dist_init_required=False
         )
@@ -141,6 +143,7 @@ class Runtime:
         dist.barrier()
         if dist.initialised():
             td.destroy_process_group()
+            groups._WORLD_GROUP = None  # DeepSpeed's copy of it: a later run of this process makes another
 
 
 class Engine:
@@ -150,9 +153,15 @@ class Engine:
         self._engine, self.runtime = engine, runtime
         self.objective: nn.Module = engine.module
         self.device = runtime.device
+        self.target = MomentumTarget(self.objective, _local_fp32)
+        self.target.start()
+        self._renew(p.target for p in self.target.params)
 
-    def step(self, batch: Batch) -> Losses:
-        """Forward, backward and one optimizer step on this rank's share; the losses averaged over its micro-batches."""
+    def step(self, batch: Batch, progress: float = 0.0) -> Losses:
+        """Forward, backward and one optimizer step on this rank's share; the losses averaged over its micro-batches.
+
+        `progress` (0 to 1) is how much of the training is done before this step; a momentum target asks for it.
+        """
         self._engine.train()
         total: Losses = {}
         for micro in self._micro_batches(batch):
@@ -163,7 +172,20 @@ class Engine:
                 total[name] = (
                     total.get(name, torch.zeros((), device=self.device)) + value.detach() / self.runtime.accumulate
                 )
+        if self.target.params:
+            momentum = self.objective.momentum(progress)  # type: ignore[operator]
+            self.target.follow(momentum)
+            self._renew(p.target for p in self.target.params)
+            total["momentum"] = torch.tensor(momentum, device=self.device)
         return total
+
+    def _renew(self, params: Iterable[nn.Parameter]) -> None:
+        """After partitions were written: small parameters are kept whole, and forward reads those without gathering."""
+        changed = {id(p) for p in params}
+        whole = [p for p in self._engine.optimizer.persistent_parameters if id(p) in changed]
+        if whole:
+            whole[0].partition(whole)
+            whole[0].all_gather(whole)
 
     def _micro_batches(self, batch: Batch) -> Iterator[dict[str, Any]]:
         tensors = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
@@ -176,6 +198,17 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
+    @torch.no_grad()
+    def inside(self, module: nn.Module, function: Callable[[], Tensor]) -> Tensor:
+        """What `function` gives in place of the forward of one of the objective's modules, in evaluation mode.
+
+        Parameters are whole only inside the forward of the module that owns them, and only the engine may be called;
+        all ranks take part.
+        """
+        self._engine.eval()
+        with _forward(module, function), _forward(self.objective, module):
+            return self._engine()
+
     def grad_norm(self) -> float:
         """The global norm before clipping."""
         norm = self._engine.get_global_grad_norm()
@@ -184,13 +217,25 @@ class Engine:
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self.objective.named_parameters() if p.requires_grad]
 
+    def partitions(self) -> dict[str, nn.Parameter]:
+        """What a checkpoint holds cut into partitions: key -> the parameter that is cut in the same way."""
+        kept = {f"{kind}/{name}": p for name, p in self.trained() for kind in ("weight", *MOMENTS)}
+        return kept | {f"average/{name}": target for name, target, _ in self.target.params}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What a checkpoint holds whole: `buffer/name` -> running statistics and the like, the same on all ranks."""
+        state = self.objective.state_dict(keep_vars=True)  # leaves out what a constructor computes
+        return {f"buffer/{n}": b for n, b in self.objective.named_buffers() if n in state}
+
     def local_state(self) -> dict[str, Tensor]:
-        """This rank's partition of the fp32 weights and moments of everything trained, one flat tensor each."""
-        state: dict[str, Tensor] = {}
+        """This rank's partition of the fp32 weights and moments of everything trained and of the means of what follows
+        it, one flat tensor each; and the buffers."""
+        state = self.buffers()
         for name, p in self.trained():
             state[f"weight/{name}"] = safe_get_local_fp32_param(p)
             for moment in MOMENTS:
                 state[f"{moment}/{name}"] = safe_get_local_optimizer_state(p, moment)
+        state |= {f"average/{name}": mean for name, mean in self.target.means.items()}
         return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
 
     @torch.no_grad()
@@ -208,19 +253,22 @@ class Engine:
             p.ds_tensor.copy_(weight)  # type: ignore[attr-defined]  # the copy that forward gathers, in its own precision
             for moment in MOMENTS:
                 safe_set_local_optimizer_state(p, state[f"{moment}/{name}"].to(self.device), moment)
-        kept_whole = zero.persistent_parameters  # small ones, which forward reads without gathering
-        if kept_whole:
-            kept_whole[0].partition(kept_whole)
-            kept_whole[0].all_gather(kept_whole)
+        self.target.load({name: state[f"average/{name}"] for name in self.target.means})
+        for key, buffer in self.buffers().items():
+            buffer.copy_(state[key])
+        self._renew(self.objective.parameters())
         dist.barrier()
 
     def partition(self, param: nn.Parameter) -> tuple[int, int]:
         """(elements of the whole parameter, elements of one rank's partition, padding included)."""
         return param.ds_numel, param.ds_tensor.ds_numel  # type: ignore[attr-defined]
 
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, fp32 master values where there are some, on the CPU; all ranks take part."""
+    def full_weights(self, wanted: Callable[[str], object] = bool) -> Iterator[tuple[str, Tensor]]:
+        """The parameters whose names are wanted (all are true), whole: fp32 master values where there are some, on the
+        CPU; all ranks take part."""
         for name, p in self.objective.named_parameters():
+            if not wanted(name):
+                continue
             if p.requires_grad:
                 yield name, safe_get_full_fp32_param(p).detach().float().cpu().reshape(p.ds_shape)  # type: ignore
             else:
@@ -230,3 +278,23 @@ class Engine:
 
     def close(self) -> None:
         self._engine.destroy()
+
+
+def _local_fp32(param: nn.Parameter) -> Tensor:
+    """This rank's partition of a parameter: of the optimizer's master copy, or what there is of a frozen one."""
+    master = safe_get_local_fp32_param(param)
+    return master if master is not None else param.ds_tensor.float()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _forward(module: nn.Module, function: Callable[[], Tensor]) -> Iterator[None]:
+    """For a while, calling the module (its hooks stay) is calling the function."""
+    own = module.__dict__  # not setattr, which would register a module given as a function
+    before = own.get("forward")
+    own["forward"] = function
+    try:
+        yield
+    finally:
+        del own["forward"]
+        if before is not None:
+            own["forward"] = before

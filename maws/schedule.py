@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 
+from maws.config import ConfigError, OptimConfig, nearest
+
 Schedule = Callable[[int], float]
 
 
@@ -23,11 +25,39 @@ def constant(warmup: int, total: int) -> Schedule:
     return lambda step: _warm(step, warmup) if step < warmup else 1.0
 
 
+def multistep(warmup: int, total: int, milestone: int | None = None, gamma: float = 0.1) -> Schedule:
+    """Linear from 0 over `warmup` steps, then 1, and `gamma` from step `milestone` on (SimMIM, recipes §4.7)."""
+    change = total if milestone is None else milestone
+    return lambda step: _warm(step, warmup) if step < warmup else gamma if step >= change else 1.0
+
+
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
     "cosine": warmup_cosine,
     "linear": warmup_linear,
     "constant": constant,
+    "multistep": multistep,
 }
+
+
+def schedule_of(cfg: OptimConfig, warmup: int, total: int, milestone: int) -> Schedule:
+    """The schedule of a run. Raises ConfigError for an unknown one and for a milestone within the warm-up."""
+    if cfg.schedule not in SCHEDULES:
+        raise ConfigError(f"optim.schedule={cfg.schedule} is not known; {nearest(cfg.schedule, list(SCHEDULES))}")
+    if cfg.schedule != "multistep":
+        return _starting_at(cfg.warmup_lr / cfg.lr, warmup, SCHEDULES[cfg.schedule](warmup, total))
+    if milestone < warmup:
+        raise ConfigError(
+            f"optim.milestone={cfg.milestone} is step {milestone}, within the {warmup} steps of warm-up; "
+            f"set it later, or shorten optim.warmup"
+        )
+    return _starting_at(cfg.warmup_lr / cfg.lr, warmup, multistep(warmup, total, milestone))
+
+
+def _starting_at(start: float, warmup: int, schedule: Schedule) -> Schedule:
+    """The same with a warm-up from `start` instead of 0: its first step is then taken with just that."""
+    if not start:
+        return schedule
+    return lambda step: start + (1 - start) * step / warmup if step < warmup else schedule(step)
 
 
 def _warm(step: int, warmup: int) -> float:

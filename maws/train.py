@@ -29,7 +29,6 @@ from maws.engine import Engine, Runtime
 from maws.files import write_json
 from maws.log import start as start_log
 from maws.models import init
-from maws.models.vit import VARIANTS
 from maws.release import describe, open_release, write_release
 from maws.trainer import INTERRUPTED, Plan, Stopped, StopSignal, train
 
@@ -91,10 +90,12 @@ def run_stage(args: argparse.Namespace, stop: StopSignal) -> int:
     rules = objective.init_rules()  # type: ignore[operator]
     init.fill(objective, rules, cfg.seed, runtime.gather, writer=dist.rank() == 0)
     init.check(objective, rules, runtime.gather)
-    stage.initialise(objective, cfg, runtime.gather)
+    handover = stage.initialise(objective, cfg, runtime.gather)
     groups = optim.groups(objective, stage.param_rules(cfg), cfg.optim.peak_lr, cfg.optim.weight_decay)
     engine = runtime.build(objective, groups, cfg.optim)
     announce(runtime, cfg, plan, record, optim.table(objective, stage.param_rules(cfg)), dataset.order.streams)
+    if handover is not None:
+        handover.verify(engine, run)
 
     step = 0
     if resume_from:
@@ -212,7 +213,7 @@ def publish(
     """Write the release; all ranks take part in making the weights whole."""
     parts = stage.release(engine.objective, cfg, shards, run)
     weights = {}
-    for name, value in engine.full_weights():
+    for name, value in engine.full_weights(parts.rename):  # those that get a name
         if dist.rank() == 0:
             weights[parts.rename(name)] = value.contiguous()
     if dist.rank() == 0:
@@ -223,7 +224,7 @@ def publish(
         }  # fmt: skip
         facts = {
             "stage": record["stage"], "lineage": record["lineage"], "variant": cfg.model.variant,
-            "model": describe(VARIANTS[cfg.model.variant]), "image_size": side, **parts.config,
+            "model": describe(stages.shape_of(cfg.model)), "image_size": side, **parts.config,
             "train": trained, "shards_sha256": record["shards_sha256"], "init_sha256": cfg.init_sha256,
         }  # fmt: skip
         write_release(

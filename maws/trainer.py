@@ -15,12 +15,12 @@ import torch
 
 from data_pipeline.errors import DataError, UserError
 from maws import checkpoint, dist
-from maws.config import TrainConfig
+from maws.config import OptimConfig, TrainConfig
 from maws.data.batch import BadSample, Batch
 from maws.engine import Engine
 from maws.files import write_json
 from maws.log import Metrics, duration
-from maws.schedule import SCHEDULES
+from maws.schedule import Schedule, schedule_of
 from maws.seeding import derive, seed_everything
 
 log = logging.getLogger(__name__)
@@ -60,18 +60,25 @@ class Plan:
 
     total: int
     warmup: int
+    milestone: int
     steps_per_epoch: int
     checkpoint_every: int
 
     @classmethod
     def of(cls, cfg: TrainConfig, steps_per_epoch: int) -> "Plan":
         total = max(1, cfg.optim.length.steps(steps_per_epoch))
-        return cls(
+        plan = cls(
             total=total,
             warmup=cfg.optim.warmup.steps(steps_per_epoch, total),
+            milestone=cfg.optim.milestone.steps(steps_per_epoch, total),
             steps_per_epoch=steps_per_epoch,
             checkpoint_every=max(1, cfg.checkpoint.every.steps(steps_per_epoch, total)),
         )
+        plan.schedule(cfg.optim)  # an impossible one is refused before anything is built
+        return plan
+
+    def schedule(self, optim: OptimConfig) -> Schedule:
+        return schedule_of(optim, self.warmup, self.total, self.milestone)
 
 
 @dataclass
@@ -105,7 +112,7 @@ def train(
 
     Raises Stopped after a signal (saved), NotFinite, or DataError when too many samples are bad.
     """
-    schedule = SCHEDULES[cfg.optim.schedule](plan.warmup, plan.total)
+    schedule = plan.schedule(cfg.optim)
     metrics = Metrics(run / "metrics.jsonl", start) if dist.rank() == 0 else None
     quarantine = Quarantine(run / "quarantine.jsonl", cfg.data.max_bad, samples)
     progress, begun, spoke = Progress(), time.perf_counter(), 0.0
@@ -117,7 +124,7 @@ def train(
         seed_everything(derive(cfg.seed, "step", step, dist.rank()))  # dropout and drop path, the same after a resume
         lr = cfg.optim.peak_lr * schedule(step)
         engine.set_lr(lr)
-        losses = engine.step(batch)
+        losses = engine.step(batch, step / plan.total)
         means, code, bad = _agree(losses, stop.code, len(batch["bad"]), engine.device)
         if not math.isfinite(means["loss"]):
             raise NotFinite(_not_finite(means, step, batch, run))
