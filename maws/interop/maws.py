@@ -1,0 +1,60 @@
+"""facebookresearch/maws: a plain state dict of a trunk, with a classifier's head when it was finetuned (recipes §11.2).
+
+The MAE, MAWS and `_ft_in1k` files are read whole. Of a `maws_clip` file the image tower is read; its text tower and
+projections are dropped and listed.
+"""
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+from maws.checkpoint import CheckpointError
+from maws.interop import mae
+from maws.interop.converted import Converted, check
+from maws.interop.sizes import trunk_size
+
+WRAPPER = ""
+IMAGE_TOWER = "vision_encoder."
+
+
+def detect(keys: Collection[str]) -> bool:
+    """Encoder names, and of others only a head's; or those behind `vision_encoder.`."""
+    if any(name.startswith(IMAGE_TOWER) for name in keys):
+        keys = {name.removeprefix(IMAGE_TOWER) for name in keys if name.startswith(IMAGE_TOWER)}
+    others = any(name.startswith(("decoder_", "predictor.")) for name in keys)
+    return all(name in keys for name in mae.TRUNK) and not others
+
+
+def to_ours(tensors: Mapping[str, Tensor], heads: int = 0) -> Converted:
+    dropped = dict[str, str]()
+    if any(name.startswith(IMAGE_TOWER) for name in tensors):
+        rest = [name for name in tensors if not name.startswith(IMAGE_TOWER)]
+        dropped = dict.fromkeys(rest, "not part of the image tower")
+        tensors = {n.removeprefix(IMAGE_TOWER): v for n, v in tensors.items() if n.startswith(IMAGE_TOWER)}
+    head = {name: tensors[name] for name in ("head.weight", "head.bias") if name in tensors}
+    weights = {name: value for name, value in tensors.items() if name not in head}
+    shape, side = trunk_size(weights, heads)
+    check(weights, shape, side)
+    check_head(head, shape.width)
+    return Converted("maws", shape, side, weights, None, head, dropped)
+
+
+def check_head(head: Mapping[str, Tensor], width: int) -> None:
+    """A linear layer from the width to any number of classes, or nothing."""
+    if not head:
+        return
+    shapes = {name: tuple(value.shape) for name, value in head.items()}
+    classes = shapes.get("head.bias", ())
+    if len(classes) != 1 or shapes.get("head.weight") != (*classes, width):
+        raise CheckpointError(
+            f"the head has {', '.join(f'{name} {shape}' for name, shape in shapes.items())}; expected head.weight "
+            f"(classes, {width}) and head.bias (classes,)"
+        )
+
+
+def from_ours(converted: Converted) -> dict[str, Tensor]:
+    """The trunk and a head; MAWS's files never hold a decoder."""
+    others = [name for name in converted.heads if name not in ("head.weight", "head.bias")]
+    if converted.decoder is not None or others:
+        raise CheckpointError(f"MAWS's files hold a trunk and a head, not {', '.join(others) or 'a decoder'}")
+    return {**converted.weights, **converted.heads}
