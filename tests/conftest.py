@@ -19,7 +19,7 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
 
-LONGEST = ("test_readme.py", "test_training.py", "test_kills.py", "test_restart.py")
+LONGEST = ("test_training.py", "test_readme.py", "test_kills.py", "test_restart.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,6 +25,10 @@ CAPTIONS = [
 ]  # fmt: skip
 
 
+# What each stage starts from: the chain of MAWS, and what stands beside it.
+BEFORE = {"mae": "", "simmim": "", "lc_mae": "", "wsp": "mae", "lit": "wsp"}
+
+
 def picture(number: int, size: tuple[int, int] = (40, 36)) -> bytes:
     """A coloured shape on a coloured ground, unlike any other number's."""
     rng = np.random.default_rng(number)
@@ -50,10 +54,25 @@ def build_shards(folder: Path, samples: int = 120, per_shard: int = 17) -> Path:
     return out
 
 
+ONE_AFTER_ANOTHER = """
+import json, os, sys
+from data_pipeline.ending import leave
+from maws.train import main
+for arguments, port in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = port  # a rank may ask for the next group while the last one's store still answers
+    if code := main(arguments):
+        leave(code)
+leave(0)
+"""
+
+
 class Training:
     """`maws/train.py` in processes of its own, `ranks` of them over gloo, as a launcher starts them."""
 
-    def __init__(self, arguments: list[str], ranks: int = 1) -> None:
+    def __init__(
+        self, arguments: list[str], ranks: int = 1, command: list[str] | None = None, folder: Path = ROOT
+    ) -> None:
+        command = command or [sys.executable, str(ROOT / "maws" / "train.py"), *arguments]
         base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
         base |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
         common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -62,9 +81,9 @@ class Training:
             env = base | (common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, str(ROOT / "maws" / "train.py"), *arguments],
+                    command,
                     env=env,
-                    cwd=ROOT,
+                    cwd=folder,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     text=True,
@@ -90,6 +109,14 @@ class Training:
         for i, p in enumerate(self.processes):
             if rank in (None, i) and p.poll() is None:
                 os.killpg(p.pid, number)
+
+
+def train_in_turn(runs: list[list[str]], ranks: int = 1, folder: Path = ROOT) -> None:
+    """Several trainings one after another in the same processes: starting those is most of a short run's time."""
+    own_ports = [(arguments, str(free_port())) for arguments in runs]
+    command = [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(own_ports)]
+    codes, printed = Training([], ranks, command, folder).wait()
+    assert codes == [0] * ranks, printed
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

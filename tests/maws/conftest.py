@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import Training, arguments, build_shards
+from training import BEFORE, Training, arguments, build_shards, train_in_turn
 
 from data_pipeline.shardset import ShardSet
 
@@ -35,14 +35,21 @@ def start() -> Iterator[Callable[..., Training]]:
         training.signal(signal.SIGKILL)
 
 
+def chain(root: Path, shards: Path, ranks: int) -> dict[str, Path]:
+    """Every stage's debug preset, trained in turn."""
+    runs = {stage: root / stage for stage in BEFORE}
+    sources = {stage: ["--init-from", str(runs[before])] if before else [] for stage, before in BEFORE.items()}
+    train_in_turn([arguments(stage, run, shards, *sources[stage]) for stage, run in runs.items()], ranks)
+    return runs
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, shards_path: Path) -> dict[str, Path]:
-    """The debug chain, trained once in one process: mae, wsp from it, lit from that."""
-    root = tmp_path_factory.mktemp("runs")
-    runs = {"mae": root / "mae", "wsp": root / "mae_wsp", "lit": root / "lit"}
-    previous: list[str] = []
-    for stage, run in runs.items():
-        codes, printed = Training(arguments(stage, run, shards_path, *previous)).wait()
-        assert codes == [0], printed
-        previous = ["--init-from", str(run)]
-    return runs
+    """Every stage's debug preset, trained once in one process: wsp from mae, lit from that."""
+    return chain(tmp_path_factory.mktemp("runs"), shards_path, ranks=1)
+
+
+@pytest.fixture(scope="session")
+def trained_on_two(tmp_path_factory: pytest.TempPathFactory, shards_path: Path) -> dict[str, Path]:
+    """The same on two ranks."""
+    return chain(tmp_path_factory.mktemp("runs_on_two"), shards_path, ranks=2)
