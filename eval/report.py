@@ -25,8 +25,9 @@ from data_pipeline.files import write_bytes
 from data_pipeline.shardset import ShardSet
 from eval import contamination, figures, report_samples
 from eval.report_runs import Folder, Run, open_shards, read_folder
-from eval.report_scores import DRAWS, IMAGES, SEEDS, STAGE_NAMES, Row, ScoreTable, score_table, verdict
+from eval.report_scores import DRAWS, IMAGES, SEEDS, Row, ScoreTable, score_table, verdict
 from eval.results import Result
+from maws.config import STAGE_NAMES
 
 if TYPE_CHECKING:  # torch comes with it, and only some parts of the page need that
     from eval.datasets import Data

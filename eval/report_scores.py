@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 from eval.results import Result
+from maws.config import STAGE_NAMES
 
-STAGE_NAMES = {"mae": "MAE", "lc_mae": "LC-MAE", "wsp": "WSP", "lit": "LiT", "finetune": "fine-tuned"}
 EVALUATORS = ("linear", "knn", "lowshot", "zeroshot")  # the order of the table; others follow by name
 
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom; beyond 30 the normal's is within 2 %.

@@ -12,6 +12,9 @@ from typing import Any, Self, TypeVar
 
 from data_pipeline.errors import UsageError
 
+STAGE_NAMES = {  # for people
+    "mae": "MAE", "lc_mae": "LC-MAE", "simmim": "SimMIM", "wsp": "WSP", "lit": "LiT", "finetune": "fine-tuned"
+}  # fmt: skip
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # recipes §0
 
 

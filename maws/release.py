@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maws.checkpoint import CheckpointError
+from maws.config import STAGE_NAMES
 from maws.data.masks import Masking, make_mask
 from maws.data.tokenizer import Tokenizer
 from maws.data.tokenizer import load_tokenizer as load_tokenizer_folder
@@ -120,7 +121,7 @@ def write_release(
 
 def model_card(config: dict[str, Any], parameters: int) -> str:
     """What a stranger who finds the folder needs to know."""
-    chain = " → ".join(stage.upper() if stage != "lit" else "LiT" for stage in config["lineage"])
+    chain = " → ".join(STAGE_NAMES.get(stage, stage) for stage in config["lineage"])
     train = "\n".join(f"| {k} | {v} |" for k, v in config["train"].items())
     return (
         f"# {chain}, {config['variant']}\n\n{parameters:,} parameters in `model.safetensors` (float32). "

@@ -19,11 +19,18 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
 
-LONGEST = ("test_training.py", "test_readme.py", "test_kills.py", "test_restart.py")
+LONGEST = (
+    "test_training.py",
+    "test_readme.py",
+    "test_stores.py",
+    "test_duplicates.py",
+    "test_restart.py",
+    "test_momentum.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that both workers end at the same time; and skip `gpu` tests where torch sees no
+    """The longest files first, so that both workers end at the same time; and skip `gpu` tests where torch sees no
     accelerator. torch is imported only when such a test was collected."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]

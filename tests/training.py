@@ -119,6 +119,30 @@ def train_in_turn(runs: list[list[str]], ranks: int = 1, folder: Path = ROOT) ->
     assert codes == [0] * ranks, printed
 
 
+EACH = """
+import contextlib, io, json, sys
+from data_pipeline.ending import leave
+from maws.train import main
+found = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        code = main(arguments)
+    found.append([code, printed.getvalue()])
+print(json.dumps(found), flush=True)
+leave(0)
+"""
+
+
+def run_each(runs: list[list[str]]) -> list[tuple[int, str]]:
+    """(exit code, what was printed) of several calls of `maws/train.py` in one process; a failure must be the last."""
+    done = subprocess.run(
+        [sys.executable, "-c", EACH, json.dumps(runs)], cwd=ROOT, capture_output=True, text=True, timeout=170,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [(code, printed) for code, printed in json.loads(done.stdout.splitlines()[-1])]
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []

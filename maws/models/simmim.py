@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from maws.models.init import Constant, InitRules, Uniform
+from maws.models.init import Centred, Constant, InitRules, Uniform
 from maws.models.vit import Options, Shape, VisionTransformer
 
 
 @dataclass(frozen=True)
-class CutNormal:
+class CutNormal(Centred):
     """Normal with deviation `sigma` cut at one of them on either side, as BEiT and SimMIM start their weights."""
 
     sigma: float
@@ -30,10 +30,6 @@ class CutNormal:
 
     def std(self, shape: torch.Size) -> float:
         return 0.5396 * self.sigma  # of a standard normal cut at 1: sqrt(1 - 2 phi(1) / (2 Phi(1) - 1))
-
-    @property
-    def mean(self) -> float:
-        return 0.0
 
 
 class SimMIM(VisionTransformer):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import XLMRobertaConfig, XLMRobertaModel
 
 from maws.models.init import Constant, Gather, InitRules, Normal
 
@@ -34,20 +33,15 @@ TEXT_VARIANTS: dict[str, TextShape] = {
 }
 
 
-class XLMRoberta(XLMRobertaModel):
-    """transformers' model without its own initial values, which cannot be written to partitioned parameters."""
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: values come from `TextTower.init_rules` (models/init.py)."""
-
-
 class TextTower(nn.Module):
     """Token ids in, the last hidden state of the first token out; no pooler, no further norm."""
 
     def __init__(self, shape: TextShape) -> None:
+        from maws.models.xlm_roberta import build_encoder  # imports transformers: seconds, which other stages save
+
         super().__init__()
         self.shape = shape
-        self.encoder = XLMRoberta(xlmr_config(shape), add_pooling_layer=False)
+        self.encoder = build_encoder(shape)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Encode ids (B T) under an attention mask (B T, 1 = a token) as B D.
@@ -66,36 +60,15 @@ class TextTower(nn.Module):
         ]
 
 
-def xlmr_config(shape: TextShape) -> XLMRobertaConfig:
-    """The transformers config of a text shape; 514 positions of which the first two are never used (recipes §11.5)."""
-    return XLMRobertaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.depth,
-        num_attention_heads=shape.heads,
-        intermediate_size=4 * shape.width,
-        hidden_dropout_prob=shape.dropout,
-        attention_probs_dropout_prob=shape.dropout,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        hidden_act="gelu",
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-    )
-
-
 @torch.no_grad()
 def load_pretrained(tower: TextTower, name: str, gather: Gather, writer: bool) -> None:
     """Give a (possibly partitioned) text tower the weights of a local folder or hub name, from safetensors only.
 
     Raises ValueError when a tensor does not fit.
     """
-    source = {}
-    if writer:
-        model = XLMRobertaModel.from_pretrained(name, add_pooling_layer=False, use_safetensors=True)
-        source = dict(model.named_parameters())
+    from maws.models.xlm_roberta import read_pretrained
+
+    source = read_pretrained(name) if writer else {}
     for key, param in tower.encoder.named_parameters():
         with gather([param]):
             if writer:

@@ -7,17 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import BEFORE, CAPTIONS, ROOT, arguments, losses, metrics
+from training import BEFORE, CAPTIONS, ROOT, arguments, losses, metrics, run_each
 
 from maws import checkpoint, stages
 from maws.checkpoint import CheckpointError
 from maws.release import load_image_tower, load_masked_autoencoder, load_tokenizer, load_two_tower, open_release
 from maws.train import main
 
-pytestmark = [
-    pytest.mark.timeout(600),  # real processes: seconds on an idle machine, minutes on a busy one
-    pytest.mark.xdist_group("training"),  # in one process, which trains the chains once
-]
+pytestmark = pytest.mark.timeout(600)  # real processes: seconds on an idle machine, minutes on a busy one
 
 # What the mean loss of the last four of 40 steps must fall under; the first four are far above (see the test).
 BOUNDS = {"mae": 0.85, "simmim": 0.9, "lc_mae": 1.35, "wsp": 2.04, "lit": 2.9}
@@ -95,20 +92,26 @@ def test_an_mae_release_holds_the_names_of_the_mae_repository(trained):
 
 def test_a_run_killed_on_two_ranks_goes_on_on_one(trained, shards_path, tmp_path, start):
     run = tmp_path / "run"
-    training = start(arguments("lc_mae", run, shards_path), ranks=2)
+    training = start(arguments("mae", run, shards_path), ranks=2)
     training.wait_for_steps(run, 22)
     training.signal(signal.SIGKILL)
     training.wait()
     assert not (run / "release").exists()
-    codes, printed = start(arguments("lc_mae", run, shards_path, "--resume", "auto")).wait()
+    codes, printed = start(arguments("mae", run, shards_path, "--resume", "auto")).wait()
     assert codes == [0] and "resumed from" in printed, printed
-    one = losses(trained["lc_mae"])
+    one = losses(trained["mae"])
     assert losses(run).keys() == one.keys()
     for step, loss in losses(run).items():
-        assert loss == pytest.approx(one[step], abs=TOLERANCE["lc_mae"]), step
+        assert loss == pytest.approx(one[step], abs=TOLERANCE["mae"]), step
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [("mae", 1), ("lc_mae", 2), ("wsp", 1), ("lit", 1)])
+# test_momentum.py does the same for lc_mae, on two ranks and on one, in fewer processes.
+SLOW = [
+    pytest.param(stage, ranks, marks=pytest.mark.slow) for stage, ranks in (("wsp", 1), ("lc_mae", 2), ("simmim", 1))
+]
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [("mae", 2), ("lit", 1), *SLOW])
 def test_a_killed_run_goes_on_as_if_it_had_never_stopped(
     stage, ranks, trained, trained_on_two, shards_path, tmp_path, start
 ):
@@ -142,15 +145,27 @@ def test_sigterm_on_one_rank_saves_on_all_and_exits_75(shards_path, tmp_path, st
     assert json.loads((saved / "state.json").read_text())["step"] == metrics(run)[-1]["step"] >= 3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(shards_path, tmp_path, start):
-    run = tmp_path / "run"
-    codes, printed = start(arguments("mae", run, shards_path, "optim.lr=1e30", "optim.warmup=0 steps")).wait()
-    assert codes == [1]
-    assert "error: loss is" in printed and "the sample keys are in" in printed
-    (written,) = run.glob("not_finite_step_*_rank_0.json")
+def test_what_a_run_refuses_and_when_it_stops(trained, shards_path, tmp_path):
+    """One process for all: to start one takes longer than a run."""
+    mae, broken = trained["mae"], tmp_path / "broken"
+    again, other, no_tower, not_finite = run_each(
+        [
+            arguments("mae", mae, shards_path),
+            arguments("mae", mae, shards_path, "mask.ratio=0.5"),
+            arguments("lit", tmp_path / "lit", shards_path),
+            arguments("mae", broken, shards_path, "optim.lr=1e30", "optim.warmup=0 steps"),
+        ]
+    )
+    assert again[0] == 0 and "is finished" in again[1]
+    assert other[0] == 2 and "holds a run with other settings (mask.ratio: 0.75 -> 0.5)" in other[1]
+    assert no_tower[0] == 2 and "add --init-from RUN" in no_tower[1]
+    assert not_finite[0] == 1
+    assert "error: loss is" in not_finite[1] and "the sample keys are in" in not_finite[1]
+    (written,) = broken.glob("not_finite_step_*_rank_0.json")
     assert len(json.loads(written.read_text())["keys"]) == 16
 
 
+@pytest.mark.slow  # test_readme.py uses it too
 def test_the_deepspeed_launcher_starts_two_ranks(shards_path, tmp_path, free_port):
     import subprocess
     import sys
@@ -192,19 +207,6 @@ class TestRefusals:
         code = main(arguments("wsp", tmp_path / "r", shards_path, "--init-from", str(tmp_path / "no_run")))
         assert code == 1
         assert "no_run holds no trained model: looked for model.safetensors" in capsys.readouterr().err
-
-    def test_a_finished_run_is_left_alone_and_other_settings_are_refused(self, trained, shards_path, start):
-        again = start(arguments("mae", trained["mae"], shards_path))
-        other = start(arguments("mae", trained["mae"], shards_path, "mask.ratio=0.5"))
-        codes, printed = again.wait()
-        assert codes == [0] and "is finished" in printed
-        codes, printed = other.wait()
-        assert codes == [2]
-        assert "holds a run with other settings (mask.ratio: 0.75 -> 0.5)" in printed
-
-    def test_lit_without_a_tower(self, shards_path, tmp_path, start):
-        codes, printed = start(arguments("lit", tmp_path / "r", shards_path)).wait()
-        assert codes == [2] and "add --init-from RUN" in printed
 
 
 class TestDamage:
