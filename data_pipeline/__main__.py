@@ -13,13 +13,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from data_pipeline.ending import leave
-from data_pipeline.errors import DataError, UsageError, UserError
+from data_pipeline.ending import leave, told
+from data_pipeline.errors import DataError, UsageError
 
 if TYPE_CHECKING:  # wrong flags are answered before anything large is loaded
     from data_pipeline.runners import Runner
 
-INTERRUPTED: Final = 130
 NEAR: Final = 14  # bits, as in steps.Settings, which would be slow to load here
 
 
@@ -49,18 +48,12 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        options = parser().parse_args(arguments)
-        return options.command(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:  # disk full, no permission, …: the system's words and the file say it all
-        print(f"error: {error}", file=sys.stderr)
-        return DataError.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: finished work is kept; the same command continues", file=sys.stderr)
-        return INTERRUPTED
+    return told(lambda: _run(arguments), "interrupted: finished work is kept; the same command continues")
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = parser().parse_args(arguments)
+    return options.command(options)
 
 
 def parser() -> Parser:

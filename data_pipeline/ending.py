@@ -1,9 +1,29 @@
-"""How a command ends once its work is done: at once."""
+"""How a command ends: its errors as one line, its exit code, and at once."""
 
 import logging
 import os
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+from data_pipeline.errors import DataError, UserError
+
+INTERRUPTED: Final = 130  # Ctrl-C
+
+
+def told(command: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """The exit code of a command; what went wrong, or that it was interrupted, is one line on stderr."""
+    try:
+        return command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:  # disk full, no permission, …: the system's words and the file say it all
+        print(f"error: {error}", file=sys.stderr)
+        return DataError.exit_code
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return INTERRUPTED
 
 
 def leave(code: int) -> NoReturn:

@@ -21,8 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from data_pipeline.ending import leave
-from data_pipeline.errors import UsageError, UserError
+from data_pipeline.ending import leave, told
+from data_pipeline.errors import UsageError
 
 if TYPE_CHECKING:  # torch and the models take seconds to import: a wrong flag is told at once
     import torch
@@ -65,18 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
-    try:
-        if arguments[:1] == ["report"]:
-            from eval import report
+    return told(lambda: _run(arguments), "interrupted; scores that are already in the results file stay")
 
-            return int(report.main(arguments[1:]) or 0)
-        return evaluate(parser().parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; scores that are already in the results file stay", file=sys.stderr)
-        return 130
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["report"]:
+        from eval import report
+
+        return int(report.main(arguments[1:]) or 0)
+    return evaluate(parser().parse_args(arguments))
 
 
 def evaluate(args: argparse.Namespace) -> int:

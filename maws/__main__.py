@@ -13,10 +13,8 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Final, NamedTuple, NoReturn
 
-from data_pipeline.ending import leave
-from data_pipeline.errors import DataError, UsageError, UserError
-
-INTERRUPTED: Final = 130
+from data_pipeline.ending import leave, told
+from data_pipeline.errors import UsageError
 
 
 class Command(NamedTuple):
@@ -88,18 +86,12 @@ COMMANDS: Final = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        options = parser().parse_args(arguments)
-        return importlib.import_module(COMMANDS[options.command].module).run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:  # disk full, no permission, …: the system's words and the file say it all
-        print(f"error: {error}", file=sys.stderr)
-        return DataError.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    return told(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = parser().parse_args(arguments)
+    return importlib.import_module(COMMANDS[options.command].module).run(options)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def write_release(
 
 def model_card(config: dict[str, Any], parameters: int) -> str:
     """What a stranger who finds the folder needs to know."""
-    chain = " → ".join(STAGE_NAMES.get(stage, stage) for stage in config["lineage"])
+    chain = " → ".join(STAGE_NAMES.get(str(stage), str(stage)) for stage in config["lineage"])
     train = "\n".join(f"| {k} | {v} |" for k, v in config["train"].items())
     return (
         f"# {chain}, {config['variant']}\n\n{parameters:,} parameters in `model.safetensors` (float32). "
