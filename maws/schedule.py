@@ -54,14 +54,12 @@ def schedule_of(cfg: OptimConfig, warmup: int, total: int, milestone: int) -> Sc
 
 
 def _starting_at(start: float, warmup: int, schedule: Schedule) -> Schedule:
-    """The same with a warm-up from `start` instead of 0: its first step is then taken with just that."""
-    if not start:
-        return schedule
-    return lambda step: start + (1 - start) * step / warmup if step < warmup else schedule(step)
+    """The same with a warm-up from `start` instead of 0."""
+    return lambda step: start + (1 - start) * schedule(step) if step < warmup else schedule(step)
 
 
 def _warm(step: int, warmup: int) -> float:
-    return (step + 1) / warmup  # the first step already moves
+    return step / warmup  # as in MAE's code the first step is taken with just the value it begins at, which is 0
 
 
 def _past(step: int, warmup: int, total: int) -> float:

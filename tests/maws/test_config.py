@@ -58,8 +58,8 @@ def test_durations_become_steps():
 
 def test_schedules_equal_their_formula():
     cosine, linear = (schedule.SCHEDULES[name](10, 110) for name in ("cosine", "linear"))
-    assert [cosine(0), cosine(9), cosine(10), cosine(60)] == pytest.approx([0.1, 1, 1, 0.5])
-    assert [linear(4), linear(10), linear(35), linear(110)] == pytest.approx([0.5, 1, 0.75, 0])
+    assert [cosine(0), cosine(9), cosine(10), cosine(60)] == pytest.approx([0, 0.9, 1, 0.5])
+    assert [linear(5), linear(10), linear(35), linear(110)] == pytest.approx([0.5, 1, 0.75, 0])
     assert cosine(110) == pytest.approx(0)
 
 
