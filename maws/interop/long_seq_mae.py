@@ -12,14 +12,14 @@ Without any of these it is a file of MAE with another decoder width, and is read
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from maws.checkpoint import CheckpointError
 from maws.interop import mae
-from maws.interop.converted import Converted, check
-from maws.interop.sizes import decoder_size, trunk_size
+from maws.interop.converted import Converted
 
 WRAPPER = "model"
 NAMES = {"decoder_downsample.": "decoder_reduce.", "decoder_upsample.": "decoder_restore."}
@@ -32,12 +32,7 @@ def detect(keys: Collection[str]) -> bool:
 
 def to_ours(tensors: Mapping[str, Tensor], heads: int = 0) -> Converted:
     weights = join_biases({_renamed(name, NAMES): value for name, value in tensors.items()})
-    shape, side = trunk_size(weights, heads)
-    decoder = None
-    if "decoder_embed.weight" in weights:
-        decoder = decoder_size(weights, shape, (side // shape.patch) ** 2)
-    check(weights, shape, side, decoder)
-    return Converted("long_seq_mae", shape, side, weights, decoder)
+    return replace(mae.to_ours(weights, heads), layout="long_seq_mae")
 
 
 def from_ours(converted: Converted) -> dict[str, Tensor]:

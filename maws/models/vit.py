@@ -4,7 +4,7 @@ Axes: B images, N patches, K visible patches, C class tokens, D width. Parameter
 the released MAE and MAWS files (recipes §11.2).
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -232,8 +232,3 @@ def build_vit(
     if seed is not None:
         fill(vit, vit.init_rules(), seed)
     return vit
-
-
-def describe(vit: VisionTransformer) -> dict[str, Any]:
-    """Sizes for a config file."""
-    return asdict(vit.shape) | {"image": vit.image_size}

@@ -12,11 +12,12 @@ from data_pipeline.shardset import ShardSet
 from maws.config import ConfigError, ModelConfig, TrainConfig, nearest
 from maws.data.loader import StepDataset
 from maws.data.order import Part
-from maws.handover import Handover
+from maws.handover import Handover, load_backbone
 from maws.models.attention import recomputed
 from maws.models.init import Gather
 from maws.models.vit import POOLS, POSITIONS, VARIANTS, Options, Shape, VisionTransformer
 from maws.optim import Rules
+from maws.release import open_release
 
 
 class ReleaseParts(NamedTuple):
@@ -108,6 +109,11 @@ def options_of(model: ModelConfig) -> Options:
 def backbone(model: ModelConfig) -> VisionTransformer:
     """The ViT of a run, its parameters still without values. Raises ConfigError as the functions here do."""
     return VisionTransformer(shape_of(model), image_side(model), options_of(model))
+
+
+def hand_over(tower: VisionTransformer, cfg: TrainConfig, gather: Gather) -> Handover | None:
+    """Give a stage's tower the weights of `init_from`; None without one. Raises as `load_backbone` does."""
+    return load_backbone(tower, open_release(cfg.init_from), gather, cfg.handover) if cfg.init_from else None
 
 
 def image_side(model: ModelConfig) -> int:

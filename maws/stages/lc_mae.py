@@ -34,7 +34,7 @@ from maws.data.loader import LoadImage, LoadMasked, LoadTwoViews, StepDataset, m
 from maws.data.masks import Masking
 from maws.data.order import Part
 from maws.data.views import DISTORTED, View, view_of
-from maws.handover import Handover, load_backbone
+from maws.handover import Handover
 from maws.models.guided import GuidedAutoencoder, GuidedSimMIM
 from maws.models.heads import NORMS
 from maws.models.init import Gather
@@ -49,8 +49,8 @@ from maws.objectives.momentum_guidance import (
 )
 from maws.objectives.targets import Pixels
 from maws.optim import NO_DECAY, Rules
-from maws.release import describe, open_release
-from maws.stages import ReleaseParts, grid_of, image_side, mae, options_of, shape_of, simmim
+from maws.release import describe
+from maws.stages import ReleaseParts, grid_of, hand_over, image_side, mae, options_of, shape_of, simmim
 
 MODELS = ("mae", "simmim")
 
@@ -106,9 +106,7 @@ def _target(cfg: Config) -> VisionTransformer:
 
 def initialise(objective: MomentumGuidance, cfg: Config, gather: Gather) -> Handover | None:
     """The online branch alone: the target becomes a copy of it when the engine is built."""
-    if not cfg.init_from:
-        return None
-    return load_backbone(objective.online.encoder, open_release(cfg.init_from), gather, cfg.handover)
+    return hand_over(objective.online.encoder, cfg, gather)
 
 
 def views(cfg: Config) -> tuple[View, View]:

@@ -29,14 +29,14 @@ from maws.config import (
 from maws.data.loader import LoadImage, Sample, StepDataset, make_order
 from maws.data.order import Item, Part
 from maws.data.tokenizer import PretrainedTokenizer, Tokenizer, clean_caption, load_tokenizer, train_tokenizer
-from maws.handover import Handover, load_backbone
+from maws.handover import Handover
 from maws.models.init import Gather
 from maws.models.text import TEXT_VARIANTS, TextShape, TextTower, load_pretrained
 from maws.models.two_tower import TwoTower
 from maws.objectives.contrastive import Contrastive
 from maws.optim import BASE, NO_DECAY, Rules, Treatment
-from maws.release import describe, open_release
-from maws.stages import ReleaseParts, backbone, image_side
+from maws.release import describe
+from maws.stages import ReleaseParts, backbone, hand_over, image_side
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +80,10 @@ def objective(cfg: Config, shards: ShardSet) -> Contrastive:
     return Contrastive(towers, cfg.data.mean, cfg.data.std)
 
 
-def initialise(objective: Contrastive, cfg: Config, gather: Gather) -> Handover:
-    handover = load_backbone(objective.towers.image, open_release(cfg.init_from), gather, cfg.handover)
+def initialise(objective: Contrastive, cfg: Config, gather: Gather) -> Handover | None:
     if cfg.text.pretrained:
         load_pretrained(objective.towers.text, cfg.text.pretrained, gather, writer=dist.rank() == 0)
-    return handover
+    return hand_over(objective.towers.image, cfg, gather)
 
 
 def dataset(cfg: Config, shards: ShardSet, run: Path, part: Part) -> StepDataset:

@@ -34,14 +34,15 @@ from maws.config import (
 from maws.data.loader import LoadImage, LoadMasked, StepDataset, make_order
 from maws.data.masks import Masking
 from maws.data.order import Part
-from maws.handover import Handover, load_backbone
+from maws.handover import Handover
 from maws.models.init import Gather
-from maws.models.mae import DecoderShape, MaskedAutoencoder
+from maws.models.mae import DecoderShape, MaskedAutoencoder, long_sequence_decoder
+from maws.models.vit import VARIANTS
 from maws.objectives.masked_patches import MaskedPatches
 from maws.objectives.targets import Target, TargetConfig, make_target
 from maws.optim import BASE, NO_DECAY, Rules
-from maws.release import describe, open_release
-from maws.stages import ReleaseParts, grid_of, image_side, options_of, shape_of
+from maws.release import describe
+from maws.stages import ReleaseParts, grid_of, hand_over, image_side, options_of, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +87,7 @@ def _target(cfg: Config) -> Target:
 
 
 def initialise(objective: MaskedPatches, cfg: Config, gather: Gather) -> Handover | None:
-    if not cfg.init_from:
-        return None
-    return load_backbone(objective.autoencoder, open_release(cfg.init_from), gather, cfg.handover)
+    return hand_over(objective.autoencoder, cfg, gather)
 
 
 def dataset(cfg: Config, shards: ShardSet, run: Path, part: Part) -> StepDataset:
@@ -156,15 +155,19 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 }
 PRESETS |= {f"vit_l16_{row}": override(PRESETS["vit_l16_ablation"], changes) for row, changes in ABLATIONS.items()}
 
+
 # Long sequences: 28 x 28 patches, hidden as squares of 2 x 2, and a decoder of half the encoder's width with as many
 # heads (recipes §3.3). Rows of recipes §10.5 change what they say; `_le` and `_ld` are lengths of encoder and decoder.
+def _with_its_decoder(variant: str) -> tuple[str, ...]:
+    decoder = long_sequence_decoder(VARIANTS[variant])
+    return f"model.variant={variant}", f"decoder.width={decoder.width}", f"decoder.heads={decoder.heads}"
+
+
 PRESETS["long_b16_448"] = override(
     PRESETS["vit_b16_in1k"],
-    ["optim.length=800 epochs", "model.image_size=448", "mask.kind=unit", "mask.unit=2",
-     "decoder.width=384", "decoder.heads=12"],
-)  # fmt: skip
-VIT_L = ("model.variant=vit_l16", "decoder.width=512", "decoder.heads=16")
-VIT_H = ("model.variant=vit_h14", "decoder.width=640", "decoder.heads=16")
+    ["optim.length=800 epochs", "model.image_size=448", "mask.kind=unit", "mask.unit=2", *_with_its_decoder("vit_b16")],
+)
+VIT_L, VIT_H = _with_its_decoder("vit_l16"), _with_its_decoder("vit_h14")
 LONG_SEQUENCE: dict[str, tuple[str, ...]] = {
     "long_b16_224": ("model.image_size=224", "mask.unit=1"),  # the baseline, L=196
     "long_b16_224_4x": ("model.image_size=224", "mask.unit=1", "optim.length=3200 epochs"),

@@ -28,13 +28,13 @@ from maws.config import (
 from maws.data.loader import LoadImage, LoadMasked, StepDataset, make_order
 from maws.data.masks import Masking
 from maws.data.order import Part
-from maws.handover import Handover, load_backbone
+from maws.handover import Handover
 from maws.models.init import Gather
 from maws.models.simmim import SimMIM
 from maws.objectives.simmim import MaskedPixelsL1
 from maws.optim import BASE, NO_DECAY, Rules
-from maws.release import describe, open_release
-from maws.stages import ReleaseParts, grid_of, image_side, options_of, shape_of
+from maws.release import describe
+from maws.stages import ReleaseParts, grid_of, hand_over, image_side, options_of, shape_of
 
 UNITS = Masking(kind="unit", ratio=0.6, unit=2, whole_units=True)  # 32 pixels of ViT-B's 16
 
@@ -56,9 +56,7 @@ def objective(cfg: Config, shards: ShardSet) -> MaskedPixelsL1:
 
 
 def initialise(objective: MaskedPixelsL1, cfg: Config, gather: Gather) -> Handover | None:
-    if not cfg.init_from:
-        return None
-    return load_backbone(objective.model, open_release(cfg.init_from), gather, cfg.handover)
+    return hand_over(objective.model, cfg, gather)
 
 
 def dataset(cfg: Config, shards: ShardSet, run: Path, part: Part) -> StepDataset:

@@ -30,14 +30,13 @@ from maws.data.batch import LabelledBatch
 from maws.data.loader import LoadImage, Sample, StepDataset, make_order
 from maws.data.masks import random_mask, visible_patches
 from maws.data.order import Item, Order, Part
-from maws.handover import Handover, load_backbone
+from maws.handover import Handover
 from maws.models.init import Gather
 from maws.objectives.chunked_softmax import LOSSES
 from maws.objectives.multi_label import HEADS, MultiLabel
 from maws.optim import BASE, NO_DECAY, Rules
-from maws.release import open_release
 from maws.seeding import derive
-from maws.stages import ReleaseParts, backbone, image_side, patch_count
+from maws.stages import ReleaseParts, backbone, hand_over, image_side, patch_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +78,7 @@ def objective(cfg: Config, shards: ShardSet) -> MultiLabel:
 
 
 def initialise(objective: MultiLabel, cfg: Config, gather: Gather) -> Handover | None:
-    if not cfg.init_from:
-        return None
-    return load_backbone(objective.backbone, open_release(cfg.init_from), gather, cfg.handover)
+    return hand_over(objective.backbone, cfg, gather)
 
 
 def dataset(cfg: Config, shards: ShardSet, run: Path, part: Part) -> StepDataset:
