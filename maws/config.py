@@ -102,6 +102,8 @@ class OptimConfig:
     warmup: Duration = Duration(5, "percent")
     warmup_lr: float = 0.0  # where the warm-up begins; meant for the same batch size as `lr`
     milestone: Duration = Duration(87.5, "percent")  # schedule=multistep: from here on lr x 0.1
+    layer_decay: float = 1.0  # learning rate of a block against the one after it; 1: all alike
+    ema: float = 0.0  # exponential mean of all trained weights, kept beside them and released too; 0: none
     length: Duration
 
     @property
@@ -114,12 +116,43 @@ class OptimConfig:
 class EngineConfig:
     ds_config: str = "auto"  # a file of ds_configs/ or a path; auto: zero3 on GPUs, zero3_cpu otherwise
     precision: str = "auto"  # fp32 or bf16; auto: bf16 on GPUs, fp32 on CPUs (many have no bf16 units)
+    compile: str = "none"  # torch.compile of the blocks' attention and MLP: none or blocks
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: Duration = Duration(10, "percent")
-    keep: int = 2
+    keep: int = 2  # the newest ones
+    keep_every: Duration = Duration(0, "steps")  # and those of multiples of this, for ever; 0: none
+    keep_best: str = ""  # and the one at which this metric was best: train/loss (lowest), probe/… (highest)
+    asynchronous: bool = True  # written while training goes on; takes host memory for one copy of a rank's part
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """What happens when something goes wrong."""
+
+    on_nan: str = "stop"  # a loss or gradient that is not finite: stop, or rewind to a snapshot and leave the batch out
+    spike: float = 0.0  # a loss above this many times the median of the last 100 counts as not finite; 0: none does
+    snapshot: str = "memory"  # what rewind goes back to: memory (a copy on the host) or disk (the newest checkpoint)
+    snapshot_every: Duration = Duration(100, "steps")
+    lr_factor: float = 0.5  # of the learning rate, after a rewind, for `lr_steps` steps
+    lr_steps: int = 100
+    max_rewinds: int = 10  # then the run stops
+    hang_seconds: float = 1800.0  # no step in this time: stacks of all ranks are written and the run ends; 0: never
+    peer_seconds: float = 60.0  # a rank that is not heard of for this long counts as dead
+    worker_restarts: int = 10  # loader workers that may die and be replaced
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """How good the features are, while training goes on: kNN over synsets in mae, zero-shot in lit."""
+
+    every: Duration = Duration(0, "steps")  # 0: never
+    shards: str = ""  # a shard set; empty: the one that is trained on
+    bank: int = 2000  # samples with known synsets (kNN)
+    queries: int = 500
+    k: int = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +166,10 @@ class HandoverConfig:
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     every: int = 10  # steps between lines of metrics.jsonl
+    keys: bool = False  # write the sample keys of every step to RUN/keys/
+    tensorboard: bool = False  # also to RUN/tensorboard/
+    wandb: str = ""  # also to this project of Weights & Biases
+    peak_tflops: float = 0.0  # of one device, for MFU; 0: known GPUs by their name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,11 +185,16 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     handover: HandoverConfig = field(default_factory=HandoverConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
 # What may differ between a run and its continuation: where and how fast, not what is computed.
-MAY_CHANGE_ON_RESUME = ("engine.ds_config", "checkpoint.", "log.", "data.workers", "data.shards", "optim.micro_batch")
+MAY_CHANGE_ON_RESUME = (
+    "engine.ds_config", "engine.compile", "checkpoint.", "faults.", "probe.", "log.", "data.workers", "data.shards",
+    "optim.micro_batch",
+)  # fmt: skip
 
 
 C = TypeVar("C")

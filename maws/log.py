@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from maws.config import TrainConfig
+
 
 def start(rank: int) -> None:
     """Rank 0 speaks, the others only about problems."""
@@ -24,7 +26,8 @@ def start(rank: int) -> None:
 class Metrics:
     """One JSON object per logged step in RUN/metrics.jsonl; lines after the step a run resumes from are dropped."""
 
-    def __init__(self, path: Path, start_step: int) -> None:
+    def __init__(self, run: Path, cfg: TrainConfig, start_step: int) -> None:
+        path = run / "metrics.jsonl"
         lines = [line for line in _lines(path) if line["step"] <= start_step]
         tmp = path.with_suffix(".tmp")
         tmp.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -22,15 +22,22 @@ from data_pipeline.ending import leave
 from data_pipeline.errors import UserError
 from maws import __version__, checkpoint, config, dist, optim, stages
 from maws.config import ConfigError, TrainConfig
-from maws.data.loader import batches, open_shards
+from maws.data.feed import Feed
+from maws.data.loader import open_shards
 from maws.data.order import Part
 from maws.data.transforms import Preprocess
 from maws.engine import Engine, Runtime
 from maws.files import write_json
+from maws.guard import Guard
+from maws.history import History
 from maws.log import start as start_log
+from maws.meter import Meter
 from maws.models import init
+from maws.quarantine import Quarantine
 from maws.release import describe, open_release, write_release
-from maws.trainer import INTERRUPTED, Plan, Stopped, StopSignal, train
+from maws.saver import Saver
+from maws.trainer import INTERRUPTED, Plan, Stopped, StopSignal, Watch, train
+from maws.watchdog import Watchdog
 
 log = logging.getLogger("maws.train")
 
@@ -76,6 +83,7 @@ def run_stage(args: argparse.Namespace, stop: StopSignal) -> int:
         log.info("%s is finished; its release is %s", run, run / "release")
         runtime.close()
         return 0
+    watchdog = Watchdog(run, cfg.faults)
     resume_from = claim(run, args.resume)
     lineage = [args.stage]
     if cfg.init_from:
@@ -101,11 +109,20 @@ def run_stage(args: argparse.Namespace, stop: StopSignal) -> int:
     if resume_from:
         step = checkpoint.load(engine, resume_from, dataset.order.identity)
         log.info("resumed from %s at step %d of %d", resume_from, step, plan.total)
-    steps = batches(dataset, step, plan.total, cfg.data.workers)
-    facts = {"order": dataset.order.identity}
-    train(engine, steps, cfg, plan, run, step, facts, dataset.order.samples, stop)
+    history = History(run)
+    history.add("start", step, ranks=dist.world_size(), launcher=runtime.world.launcher)
+    watch = Watch(
+        stop, history, Guard(cfg.faults, engine, history, run, plan.snapshot_every), watchdog,
+        Saver(engine, run / "checkpoints", cfg.checkpoint, {"order": dataset.order.identity}),
+        Meter(cfg.optim.batch_size, plan.total, step),
+        Quarantine(run / "quarantine.jsonl", cfg.data.max_bad, dataset.order.samples),
+    )  # fmt: skip
+    feed = Feed(dataset, step, plan.total, cfg.data.workers, cfg.faults.worker_restarts)
+    train(engine, feed, cfg, plan, run, step, watch)
     publish(engine, stage, cfg, shards, run, record, plan)
+    history.add("done", plan.total)
     log.info("done: %s", run / "release")
+    watchdog.farewell()
     engine.close()
     runtime.close()
     return 0

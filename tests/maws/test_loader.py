@@ -14,7 +14,7 @@ from maws.data import loader
 from maws.data.loader import LoadImage, StepDataset, batches
 from maws.data.order import Item, Order, Part
 from maws.data.transforms import Preprocess, crop_box
-from maws.trainer import Quarantine
+from maws.quarantine import Quarantine
 
 
 def dataset(stage: str, shards: ShardSet, tmp_path, part: Part = Part(), settings=()) -> StepDataset:
