@@ -219,7 +219,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     _, image = _open(data, Limits(0, max_pixels, float("inf"), len(data)))
     with _translated():
         image.load()
-        return _Pixels(image).finish()
+        return _Pixels(image).finish(copy=False)
 
 
 def check(data: bytes, limits: Limits | None = None) -> tuple[str, Image.Image]:
@@ -244,8 +244,10 @@ class _Pixels:
             except srgb.BadProfile:
                 self.bad_profile = True
 
-    def finish(self, size: tuple[int, int] | None = None) -> Image.Image:
-        """The picture and nothing but it; `size` is upright. Shrinking comes first: the rest then has less to do."""
+    def finish(self, size: tuple[int, int] | None = None, copy: bool = True) -> Image.Image:
+        """The picture and nothing but it; `size` is upright. Shrinking comes first: the rest then has less to do.
+
+        Without `copy` a picture that needs no change stays the (closed) file it was read from."""
         image = self.image
         if size is not None:
             stored = size if self.orientation < 5 else (size[1], size[0])
@@ -255,7 +257,7 @@ class _Pixels:
         image = srgb.to_rgb(image, self.transform)
         if self.orientation > 1:
             image = image.transpose(_TURNS[self.orientation])
-        elif isinstance(image, ImageFile.ImageFile):
+        elif copy and isinstance(image, ImageFile.ImageFile):
             image = image.copy()
         image.info = {}  # comments and profiles, which Pillow would write into the next file
         return image

@@ -229,6 +229,10 @@ class ShardSet:
         """The shard's table, INDEX_SCHEMA; recent ones are kept."""
         return self._indexes.get(shard, self._read_index)
 
+    def keep(self, shards: int) -> None:
+        """Keep the indexes of at least this many recent shards: whoever reads more at a time in turn says so."""
+        self._indexes.size = max(self._indexes.size, shards)
+
     def image_bytes(self, shard: int, row: int) -> bytes:
         """The image as stored (jpg, png or webp)."""
         return self._member(shard, row, "image")
@@ -386,7 +390,7 @@ class _Recent(Generic[T]):
     """The `size` things used last, made on first use."""
 
     def __init__(self, size: int) -> None:
-        self._size = size
+        self.size = size
         self._items: OrderedDict[int, T] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -395,6 +399,6 @@ class _Recent(Generic[T]):
             if number not in self._items:
                 self._items[number] = make(number)
             self._items.move_to_end(number)
-            while len(self._items) > self._size:
+            while len(self._items) > self.size:
                 self._items.popitem(last=False)
             return self._items[number]

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot: no global state, no display
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 from eval.report_scores import Row
@@ -36,11 +37,12 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a loss panel."""
+    """One line of a panel over steps."""
 
     label: str  # runs of one label share a colour and one legend entry
-    steps: list[int]
-    values: list[float]
+    steps: Sequence[int]
+    values: Sequence[float]
+    marks: Sequence[int] = ()  # steps to draw a dotted upright line at
 
 
 def colours(labels: Sequence[str]) -> dict[str, str]:
@@ -59,19 +61,52 @@ def loss_curves(panels: dict[str, list[Curve]]) -> str:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         colour = colours([curve.label for curves in panels.values() for curve in curves])
         for ax, (title, curves) in zip(axes, panels.items(), strict=True):
-            seen: set[str] = set()
-            for curve in curves:
-                ax.plot(curve.steps, curve.values, color=colour[curve.label], alpha=0.22, linewidth=0.8)
-                label = curve.label if curve.label not in seen else None
-                seen.add(curve.label)
-                ax.plot(curve.steps, _running_mean(curve.values), color=colour[curve.label], linewidth=1.7, label=label)
-            ax.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#23272e")
-            ax.set_xlabel("step")
+            labels = _draw(ax, title, curves, colour)
             ax.set_ylabel("loss")
-            ax.margins(x=0.01)
-            if len(seen) > 1:
+            if len(labels) > 1:
                 ax.legend(fontsize=9)
         return _svg(figure)
+
+
+def training_curves(panels: dict[str, list[Curve]]) -> str:
+    """A panel per quantity, three beside each other; one legend for all."""
+    with mpl.rc_context(STYLE):
+        rows = -(-len(panels) // 3)
+        figure = Figure(figsize=(10.4, 0.3 + 2.6 * rows), layout="constrained")
+        axes = figure.subplots(rows, min(3, len(panels)), squeeze=False).flatten()
+        colour = colours(list(dict.fromkeys(curve.label for curves in panels.values() for curve in curves)))
+        for ax, (title, curves) in zip(axes, panels.items(), strict=False):
+            _draw(ax, title, curves, colour)
+            if "norm" in title and all(value > 0 for curve in curves for value in curve.values):
+                ax.set_yscale("log")
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.yaxis.set_major_formatter("{x:g}")
+                ax.yaxis.set_minor_locator(NullLocator())
+            else:
+                ax.set_ylim(bottom=0)
+        for ax in axes[len(panels) :]:
+            ax.set_visible(False)
+        if len(colour) > 1:
+            handles = [axes[0].plot([], [], color=shade, label=label)[0] for label, shade in colour.items()]
+            figure.legend(handles=handles, loc="outside upper left", ncols=len(colour), fontsize=9)
+        return _svg(figure)
+
+
+def _draw(ax: Any, title: str, curves: Sequence[Curve], colour: dict[str, str]) -> set[str]:
+    """Every value faint, a running mean over 5 % of the run on top; the labels that were drawn."""
+    seen: set[str] = set()
+    for curve in curves:
+        shade = colour[curve.label]
+        ax.plot(curve.steps, curve.values, color=shade, alpha=0.22, linewidth=0.8)
+        label = curve.label if curve.label not in seen else None
+        seen.add(curve.label)
+        ax.plot(curve.steps, _running_mean(curve.values), color=shade, linewidth=1.7, label=label)
+        for step in curve.marks:
+            ax.axvline(step, color=shade, linewidth=1, linestyle=":")
+    ax.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#23272e")
+    ax.set_xlabel("step")
+    ax.margins(x=0.01)
+    return seen
 
 
 def _running_mean(values: Sequence[float]) -> np.ndarray:

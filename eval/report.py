@@ -31,6 +31,7 @@ from maws.config import STAGE_NAMES
 
 if TYPE_CHECKING:  # torch comes with it, and only some parts of the page need that
     from eval.datasets import Data
+    from eval.report_training import Course
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ def render(path: Path) -> str:
         over={SEEDS: "", DRAWS: "d", IMAGES: "i"},
         score_plot=_score_plot(table, path),
         loss=_loss(folder, path),
+        courses=(courses := _courses(folder)),
+        training_plot=_training_plot(courses),
         histogram=_histogram(shards, path),
         reconstruction=_optional("reconstructions", lambda: _reconstructions(folder, shards, path), folder.notes),
         zero_shot=_optional("zero-shot examples", lambda: _zero_shot(folder, path), folder.notes),
@@ -277,6 +280,29 @@ def _loss(folder: Folder, path: Path) -> Figure:
         command = f"python maws/train.py --stage mae --preset demo --run {path}/mae data.shards=SHARDS"
         return Figure(missing=_missing("No run has logged a loss yet. Training does:", command))
     return Figure(figures.loss_curves(panels))
+
+
+def _courses(folder: Folder) -> "list[Course]":
+    """A part that cannot be read must not cost the page."""
+    from eval.report_training import course
+
+    found = []
+    for run in folder.runs:
+        try:
+            if run.metrics:
+                found.append(course(run))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            folder.notes.append(f"{run.name}: how its training went could not be read ({error})")
+    return found
+
+
+def _training_plot(courses: "Sequence[Course]") -> Figure:
+    from eval.report_training import panels
+
+    found = panels(courses)
+    if not found:
+        return Figure(missing=Markup("No run has logged its speed or gradients."))
+    return Figure(figures.training_curves(found))
 
 
 def _histogram(shards: ShardSet | None, path: Path) -> Figure:

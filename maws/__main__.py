@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Final, NamedTuple, NoReturn
 
 from data_pipeline.ending import leave, told
@@ -59,6 +60,40 @@ def models(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print JSON: exact numbers of parameters, multiply-adds and bytes")
 
 
+def plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--stage", required=True, metavar="NAME", help="mae, lc_mae, simmim, wsp or lit")
+    add("--preset", required=True, metavar="NAME", help="a preset of the stage, such as vit_6.5b14")
+    add("--gpus", type=int, required=True, metavar="N", help="ranks, one a GPU")
+    add("--gpu", default="", metavar="NAME", help="h200, h100, a100, l40s … (default: the one that is here, or h200)")
+    add("--memory", default="", metavar="SIZE", help="of one GPU, such as 141GB, in place of the data sheet's")
+    add("--tflops", type=float, default=0.0, metavar="N", help="peak of one GPU, in place of the data sheet's")
+    add("--mfu", type=float, default=0.0, metavar="X", help="share of the peak that is reached (default: 0.4)")
+    add("--from-run", default="", metavar="RUN", help="take the speed from this run's metrics.jsonl")
+    add("--samples", type=float, default=0.0, metavar="N", help="samples of an epoch, such as 5e9")
+    add("--sample-bytes", type=float, default=0.0, metavar="N", help="mean size of a sample on disk")
+    add("--shards", default="", metavar="FOLDER", help="take samples, sizes and synsets from this shard set")
+    add("--micro-batch", type=int, metavar="N", help="samples in one rank at a time; short for optim.micro_batch=N")
+    add("--host-memory", default="", metavar="SIZE", help="of one node, to check what is offloaded")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="(default: 8)")
+    add("--json", action="store_true", help="print JSON: bytes, seconds, FLOP/s")
+    add("settings", nargs="*", metavar="group.name=value", help="settings of the training, as for maws/train.py")
+
+
+def doctor(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--shards",
+        default="",
+        metavar="FOLDER",
+        help="this shard set too: hashes of some files, some pictures",
+    )
+    add("--full", action="store_true", help="hashes of all shards, which takes as long as reading them")
+    add("--run", default="", metavar="FOLDER", help="where a run is kept, or will be: its disk, its checkpoints")
+    add("--tokenizer", default="", metavar="FOLDER", help="load this tokenizer")
+    add("--json", action="store_true", help="print JSON")
+
+
 def fit_pca(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shards", required=True, metavar="FOLDER", help="the shard set whose images give the patches")
@@ -73,6 +108,51 @@ def fit_pca(parser: argparse.ArgumentParser) -> None:
     add("settings", nargs="*", metavar="data.name=value", help="data settings of the run, where it changes them")
 
 
+def watch(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run folders; one that is not there yet is waited for")
+    add("--once", action="store_true", help="print one frame and end")
+    add("--interval", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)")
+
+
+def export(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="a run folder, finished or not")
+    add("--checkpoint", default="latest", metavar="latest|PATH", help="which one (default: the newest that is whole)")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="the release that is written")
+    add("--overwrite", action="store_true", help="replace a release that is there already")
+    add("--dtype", default="float32", metavar="float32|bfloat16", help="of the values in the files (default: float32)")
+    add("--ema", action="store_true", help="the mean of the weights (optim.ema) in their place")
+    add("--max-shard", default="5GB", metavar="SIZE", help="of one file; above it there are several (default: 5GB)")
+    add("--shards", default="", metavar="FOLDER", help="where the shard set of a wsp run is now, if it was moved")
+    add("--init-from", default="", metavar="RUN", help="where the release the run started from is now, if it was moved")
+
+
+def ledger(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="a run folder, finished or not")
+    add("--step", default="", metavar="N|A:B", help="the sample keys of step N, or of the steps A to B - 1 (from 0)")
+    add("--key", default="", metavar="KEY", help="the steps so far that this sample was given to")
+    add("--check", action="store_true", help="compare with RUN/keys, which log.keys=yes writes")
+    add("--shards", default="", metavar="FOLDER", help="where the run's shard set is now, if it was moved")
+    add("--ranks", type=int, default=0, metavar="W", help="only the share of one of W ranks")
+    add("--rank", type=int, metavar="R", help="which one, from 0")
+    add("--json", action="store_true", help="one JSON object a line")
+
+
+def verify_resume(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--stage", required=True, help="a training stage: mae, lc_mae, wsp, lit, …")
+    add("--preset", required=True, help="a whole configuration of it: debug, or the one you are about to train")
+    add("--init-from", default="", metavar="RUN", help="what the stage starts from")
+    add("--ranks", default="2,2,1,2", metavar="N,N,…", help="ranks of each start, the straight run's first")
+    add("--kills", type=int, default=-1, metavar="N", help="how often it is killed (default: once a further start)")
+    add("--seed", type=int, default=0, help="of the moments at which it is killed")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="both runs, their output, certificate.json")
+    add("--tolerance", type=float, default=0.0, help="of losses on other numbers of ranks (default: the stage's own)")
+    add("settings", nargs="*", metavar="group.name=value", help="change single settings of the preset")
+
+
 COMMANDS: Final = {
     "models": Command(
         "parameters of each model size, multiply-adds per image of MAE, WSP and LiT, and GPU memory of training",
@@ -80,7 +160,43 @@ COMMANDS: Final = {
         "maws.model_table",
         example="vit_l16 vit_2b14 --ranks 8",
     ),
+    "export": Command(
+        "a release from a run's checkpoint, on the CPU, without holding the whole model",
+        export,
+        "maws.export",
+        example="runs/mae --output release/mae --max-shard 2GB",
+    ),
+    "ledger": Command(
+        "the sample keys of every step of a run, written down again from its settings",
+        ledger,
+        "maws.ledger",
+        example="runs/mae --step 120:123",
+    ),
+    "doctor": Command(
+        "Python, torch, GPUs, DeepSpeed, disks, limits and data: is this machine ready, and if not, what to do",
+        doctor,
+        "maws.doctor",
+        example="--shards shards/ --run runs/mae",
+    ),
+    "plan": Command(
+        "memory of every rank, time, data and checkpoints of a training; refuses what does not fit",
+        plan,
+        "maws.planning",
+        example="--stage mae --preset vit_6.5b14 --gpus 64 --gpu h200 --samples 5e9",
+    ),
     "fit-pca": Command("principal components of image patches, a target of stage mae", fit_pca, "maws.pca"),
+    "watch": Command(
+        "runs in the terminal while they train: progress, curves, speed, and what went wrong",
+        watch,
+        "maws.watch",
+        example="runs/mae runs/wsp",
+    ),
+    "verify-resume": Command(
+        "kill a training at random moments, resume it on other numbers of ranks, and prove that nothing has changed",
+        verify_resume,
+        "maws.verify_resume",
+        example="--stage mae --preset debug --ranks 4,2,1,2 --output runs/proof data.shards=shards/",
+    ),
 }
 
 
@@ -90,7 +206,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    options = parser().parse_args(arguments)
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    if hasattr(options, "settings"):  # they may stand before, between and after flags, as for maws/train.py
+        options.settings += [word for word in rest if "=" in word and not word.startswith("-")]
+        rest = [word for word in rest if word not in options.settings]
+    if rest:
+        command = next(p for p in top.commands() if p.prog.endswith(f" {options.command}"))
+        command.error(f"unrecognized arguments: {' '.join(rest)}")
     return importlib.import_module(COMMANDS[options.command].module).run(options)
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written whole or not at all, checked by hash, readable on any number of ranks.
 
     RUN/checkpoints/step_0000500/rank_00000.safetensors   each rank's part of weights, moments, means; buffers
-                                 state.json               step, ranks, the order's identity
+                                 state.json               step, ranks, the order's identity, the newest metrics
                                  manifest.json            size and sha256 of the above
     RUN/checkpoints/latest                                moved last
 
@@ -9,25 +9,28 @@ The tensors are safetensors under parameter names, not DeepSpeed's pickles: noth
 read, a parameter's flat partitions can be cut anew for another number of ranks, and DeepSpeed's universal form with its
 two faults in 0.19.8 (hyper-parameters of group 0 everywhere, one shared step count) is not needed. Frozen parameters
 are not saved: they come from the release a stage starts from, which the run's config names with its hash. A momentum
-target's are: as float32 means, under `average/`.
+target's are: as float32 means, under `average/`; and a mean of all trained weights (`optim.ema`), under `ema/`.
+
+saver.py writes them, retention.py deletes them, manifest.py says whether one is whole.
 """
 
 import json
 import logging
+import math
 import re
-import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.errors import DataError
-from maws import dist
-from maws.engine import Engine
-from maws.files import sha256, sync, write_json, write_whole
+from maws import dist, manifest
+from maws.tensor_file import TensorFile
+
+if TYPE_CHECKING:  # only named here: an export reads checkpoints without DeepSpeed
+    from maws.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -38,78 +41,64 @@ class CheckpointError(DataError):
     """A checkpoint or release that is missing, damaged or of another run."""
 
 
-def save(engine: Engine, folder: Path, step: int, facts: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint of step `step`; all ranks take part. A kill at any moment leaves the previous one whole."""
-    name = f"step_{step:07}"
-    tmp, final = folder / f"tmp-{name}", folder / name
-    if dist.rank() == 0:
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
-    dist.barrier()
-    mine = tmp / f"rank_{dist.rank():05}.safetensors"
-    save_file(engine.local_state(), mine)
-    sync(mine)
-    entry = {"name": mine.name, "bytes": mine.stat().st_size, "sha256": sha256(mine)}
-    files = dist.gather_objects(entry)  # after this every rank has written and synced
-    if dist.rank() == 0:
-        state = {"format": FORMAT, "step": step, "ranks": dist.world_size(), **_contents(engine), **facts}
-        write_json(tmp / "state.json", state)
-        path = tmp / "state.json"
-        files.append({"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)})
-        write_json(tmp / "manifest.json", {"format": FORMAT, "files": files})
-        sync(tmp)
-        if final.exists():  # the same step again, after a resume that began before it
-            shutil.rmtree(final)
-        tmp.rename(final)
-        sync(folder)
-        write_whole(folder / "latest", name + "\n")
-        for old in complete(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-    return final
+def name_of(step: int) -> str:
+    return f"step_{step:07}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def complete(folder: Path) -> list[Path]:
     """The checkpoints that were finished, oldest first; what a kill left behind has another name."""
-    return sorted(
-        p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / "manifest.json").exists()
-    )
+    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / manifest.NAME).exists()]
+    return sorted(found, key=step_of)
 
 
-def problems(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint's files, one line each; reads all of them."""
-    try:
-        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError) as e:
-        return [f"{checkpoint / 'manifest.json'} cannot be read: {e}"]
-    found = []
-    for entry in files:
-        path = checkpoint / entry["name"]
-        if not path.is_file():
-            found.append(f"{path} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            found.append(f"{path} has {path.stat().st_size} bytes, {entry['bytes']} were written")
-        elif sha256(path) != entry["sha256"]:
-            found.append(f"{path} does not have the hash it was written with")
-    return found
+def recover(folder: Path) -> None:
+    """Finish saves that were killed after their last file was on the disk and before they had their name.
+
+    All ranks call this before a run starts; never while a save may be under way.
+    """
+    if dist.rank() == 0:
+        for left in sorted(folder.glob("tmp-step_*")):
+            final = folder / left.name.removeprefix("tmp-").partition(".")[0]
+            if re.fullmatch(r"step_\d+", final.name) and (left / manifest.NAME).exists() and not final.exists():
+                left.rename(final)
+                log.info("%s had been written whole before the run was killed, and has its name now", final)
+    dist.barrier()
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint whose hashes hold, decided on rank 0; a damaged one is named and passed over."""
-    chosen: str | None = None
-    if dist.rank() == 0:
-        for checkpoint in reversed(complete(folder)):
-            wrong = problems(checkpoint)
-            if not wrong:
-                chosen = str(checkpoint)
-                break
-            log.warning("checkpoint refused: %s; falling back to an older one", "; ".join(wrong))
-    chosen = dist.broadcast(chosen)
-    return Path(chosen) if chosen else None
+    """The newest checkpoint whose hashes hold; a damaged one is named and passed over. All ranks take part."""
+    found = dist.broadcast([str(p) for p in reversed(complete(folder))] if dist.rank() == 0 else None)
+    if dist.rank() == 0 and (odd := _odd_latest(folder)):
+        log.warning("%s; taking the newest whole checkpoint", odd)
+    for checkpoint in map(Path, found):
+        wrong = manifest.problems(checkpoint)
+        if not wrong:
+            return checkpoint
+        if dist.rank() == 0:
+            log.warning("checkpoint refused: %s; falling back to an older one", "; ".join(wrong[:5]))
+    return None
 
 
-def find(run: Path, resume: str) -> Path | None:
-    """The checkpoint that `--resume` means: `auto` may find none, `latest` and a path may not.
+def _odd_latest(folder: Path) -> str:
+    """What is wrong with the file that says which checkpoint was finished last; it is for people, nothing relies on
+    it."""
+    path = folder / "latest"
+    if not path.is_file():
+        return ""
+    name = path.read_bytes()[:100].decode(errors="replace").strip()
+    if not re.fullmatch(r"step_\d+", name):
+        return f"{path} does not hold the name of a checkpoint: {name!r}"
+    return "" if (folder / name / manifest.NAME).is_file() else f"{path} names {name}, which is not there"
+
+
+def find(run: Path, resume: str, option: str = "--resume") -> Path | None:
+    """The checkpoint that `--resume` means: `auto` may find none, `latest` and a path may not. All ranks take part.
+
+    `option` is what errors call it.
 
     Raises CheckpointError when there is none, or the one that was named is damaged.
     """
@@ -117,65 +106,131 @@ def find(run: Path, resume: str) -> Path | None:
     if resume in ("auto", "latest"):
         found = newest_whole(folder)
         if found is None and resume == "latest":
-            raise CheckpointError(f"{folder} holds no whole checkpoint; --resume auto would start the run from step 0")
+            raise CheckpointError(f"{folder} holds no whole checkpoint; --resume auto starts the run from step 0")
         return found
     path = Path(resume)
-    if not (path / "manifest.json").is_file():
-        raise CheckpointError(f"--resume {resume}: no checkpoint there; expected a folder like {folder}/step_0000500")
-    wrong = dist.broadcast(problems(path) if dist.rank() == 0 else None)
-    if wrong:
-        raise CheckpointError(f"--resume {resume}: {'; '.join(wrong)}; use --resume auto for the newest whole one")
+    if not (path / manifest.NAME).is_file():
+        raise CheckpointError(f"{option} {resume}: no checkpoint there; expected a folder like {folder}/step_0000500")
+    if wrong := manifest.problems(path):
+        raise CheckpointError(
+            f"{option} {resume}: {'; '.join(wrong[:5])}; use {option} latest for the newest whole one"
+        )
     return path
 
 
-def load(engine: Engine, checkpoint: Path, identity: str) -> int:
+def load(engine: "Engine", checkpoint: Path, identity: str, updates: Callable[[int], int] = int) -> int:
     """Continue from a checkpoint, on the same or another number of ranks; returns how many steps had been taken.
 
+    `updates` says in how many of these the optimizer ran (History.updates); all of them in a run without rewinds.
     Raises CheckpointError when it belongs to a run with other samples or other parameters.
     """
-    state = json.loads((checkpoint / "state.json").read_text())
-    if state["order"] != identity:
-        raise CheckpointError(
-            f"{checkpoint} was written by a run with another sample order (shard set, seed, batch size, streams or "
-            f"window); continuing would not be the same run. Start a new one with another --run"
-        )
-    here, there = (c["elements"] | dict.fromkeys(c.get("buffers", []), 0) for c in (_contents(engine), state))
-    if here != there:
-        wrong = sorted(k for k in set(here) | set(there) if here.get(k) != there.get(k))
-        raise CheckpointError(f"{checkpoint} holds other parameters than this model: {', '.join(wrong[:5])}")
-    engine.load_local_state(_local_part(engine, checkpoint, state["ranks"]), state["step"])
+    with manifest.reading(checkpoint):
+        state = read_state(checkpoint)
+        if state["order"] != identity:
+            raise CheckpointError(
+                f"{checkpoint} was written by a run with another sample order (shard set, seed, batch size, streams or "
+                f"window); continuing would not be the same run. Start a new one with another --run"
+            )
+        _same_contents(contents(engine), state, checkpoint)
+        engine.load_local_state(_local_part(engine, RankFiles(checkpoint, state["ranks"])), updates(state["step"]))
     return state["step"]
 
 
-def _contents(engine: Engine) -> dict[str, Any]:
-    """Which parameters (and of how many elements) and which buffers a checkpoint holds."""
-    sizes = {key.partition("/")[2]: engine.partition(p)[0] for key, p in engine.partitions().items()}
-    return {"elements": sizes, "buffers": sorted(engine.buffers())}
-
-
-def _local_part(engine: Engine, checkpoint: Path, ranks: int) -> dict[str, Tensor]:
-    """This rank's partitions, cut out of those that `ranks` ranks wrote (only the overlapping bytes are read), and the
-    buffers, which all ranks have alike."""
-    out: dict[str, Tensor] = {}
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json. Raises CheckpointError when it is not one, or of a later format."""
+    path = checkpoint / "state.json"
     try:
-        files = [safe_open(checkpoint / f"rank_{r:05}.safetensors", "pt") for r in range(ranks)]
-        for key, p in engine.partitions().items():
-            elements, size = engine.partition(p)
-            out[key] = _cut(files, key, dist.rank() * size, size, elements)
-        out |= {key: files[0].get_tensor(key) for key in engine.buffers()}
-    except (OSError, SafetensorError, KeyError) as e:
-        raise CheckpointError(f"{checkpoint} cannot be read: {e}") from None
-    return out
+        state = json.loads(path.read_text())
+        if state["format"] > FORMAT:
+            raise CheckpointError(f"{path} has format {state['format']}, this version reads up to {FORMAT}")
+        if not isinstance(state["ranks"], int) or not 0 < state["ranks"] <= manifest.MAX_RANKS:
+            raise CheckpointError(f"{path} has {state['ranks']!r} as the number of its ranks")
+        return {"buffers": [], **state} | {k: state[k] for k in ("step", "ranks", "order", "elements")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise CheckpointError(f"{path} cannot be used: {e!r}; use --resume auto for the newest whole one") from None
 
 
-def _cut(files: list[Any], key: str, start: int, size: int, elements: int) -> Tensor:
-    """Elements [start, start + size) of a parameter that is spread over files in order, zeros behind its end."""
-    part, offset = torch.zeros(size), 0
-    for file in files:
-        piece = file.get_slice(key)
-        (length,) = piece.get_shape()
-        a, b = max(start, offset), min(start + size, offset + length, elements)
-        if a < b:
-            part[a - start : b - start] = piece[a - offset : b - offset]
-        offset += length
-    return part
+def contents(engine: "Engine") -> dict[str, Any]:
+    """Which parameters (and of how many elements) and which buffers a checkpoint holds, and what of each parameter."""
+    keys = engine.partitions()
+    sizes = {key.partition("/")[2]: engine.partition(p)[0] for key, p in keys.items()}
+    return {
+        "elements": sizes,
+        "buffers": sorted(engine.buffers()),
+        "kinds": sorted({k.partition("/")[0] for k in keys}),
+    }
+
+
+def _same_contents(here: dict[str, Any], there: dict[str, Any], checkpoint: Path) -> None:
+    """Raises CheckpointError when a checkpoint is not of this model, or lacks the mean of its weights."""
+    ours, theirs = (c["elements"] | dict.fromkeys(c["buffers"], 0) for c in (here, there))
+    if ours != theirs:
+        wrong = sorted(k for k in set(ours) | set(theirs) if ours.get(k) != theirs.get(k))
+        raise CheckpointError(f"{checkpoint} holds other parameters than this model: {', '.join(wrong[:5])}")
+    mean_here, mean_there = ("ema" in c.get("kinds", []) for c in (here, there))
+    if mean_here and not mean_there:
+        raise CheckpointError(
+            f"{checkpoint} holds no mean of the weights, because the run that wrote it had optim.ema=0; the mean of "
+            f"earlier steps cannot be made up now. Continue with optim.ema=0, or start a new run with another --run"
+        )
+    if mean_there and not mean_here and dist.rank() == 0:
+        log.warning("%s holds a mean of the weights, which optim.ema=0 leaves behind", checkpoint)
+
+
+class RankFiles:
+    """The files of a checkpoint that `ranks` ranks wrote, each opened when something of it is read."""
+
+    def __init__(self, checkpoint: Path, ranks: int) -> None:
+        self.checkpoint, self.ranks = checkpoint, ranks
+        self._files: dict[int, TensorFile] = {}
+
+    def __getitem__(self, rank: int) -> TensorFile:
+        if rank not in self._files:
+            self._files[rank] = TensorFile(self.checkpoint / f"rank_{rank:05}.safetensors")
+        return self._files[rank]
+
+    def keys(self) -> set[str]:
+        """The same in all files. Raises CheckpointError for a damaged one, as the functions below do."""
+        try:
+            return self[0].keys()
+        except (OSError, ValueError) as e:
+            raise self._damaged(e) from None
+
+    def whole(self, key: str) -> Tensor:
+        """What all ranks have alike: a buffer."""
+        try:
+            return self[0].read(key)
+        except (OSError, ValueError, KeyError) as e:
+            raise self._damaged(e) from None
+
+    def cut(self, key: str, start: int, size: int, elements: int) -> Tensor:
+        """Elements [start, start + size) of a flat parameter of `elements`, zeros behind its end.
+
+        Every rank has an equal part of it, so only the files that overlap are opened, and only those bytes are read.
+        """
+        part = torch.zeros(size)
+        try:
+            (length,) = self[0].spec(key).shape
+            if length * self.ranks < elements:
+                raise CheckpointError(
+                    f"{self.checkpoint} has {length * self.ranks} elements of {key}, {elements} are needed"
+                )
+            for rank in range(start // length, min(self.ranks, math.ceil(min(start + size, elements) / length))):
+                offset = rank * length
+                a, b = max(start, offset), min(start + size, offset + length, elements)
+                part[a - start : b - start] = self[rank].read_flat(key, a - offset, b - offset)
+        except (OSError, ValueError, KeyError, RuntimeError) as e:
+            raise self._damaged(e) from None
+        return part
+
+    def _damaged(self, why: Exception) -> CheckpointError:
+        return CheckpointError(f"{self.checkpoint} cannot be read: {why}; use --resume auto for the newest whole one")
+
+
+def _local_part(engine: "Engine", files: RankFiles) -> dict[str, Tensor]:
+    """This rank's partitions, cut out of those that other ranks may have written, and the buffers."""
+    out: dict[str, Tensor] = {}
+    for key, p in engine.partitions().items():
+        elements, size = engine.partition(p)
+        out[key] = files.cut(key, dist.rank() * size, size, elements)
+    return out | {key: files.whole(key) for key in engine.buffers()}

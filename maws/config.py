@@ -86,6 +86,7 @@ class DataConfig:
     )
     window: int = 8  # shards (of one stream) whose samples are shuffled together
     workers: int = 0  # loader processes per rank; 0 loads in the training process
+    prefetch: int = 4  # batches that each worker makes ahead
     max_bad: float = 0.001  # share of samples that may turn out unreadable before the run fails
 
 
@@ -139,8 +140,9 @@ class FaultsConfig:
     lr_factor: float = 0.5  # of the learning rate, after a rewind, for `lr_steps` steps
     lr_steps: int = 100
     max_rewinds: int = 10  # then the run stops
-    hang_seconds: float = 1800.0  # no step in this time: stacks of all ranks are written and the run ends; 0: never
-    peer_seconds: float = 60.0  # a rank that is not heard of for this long counts as dead
+    hang_seconds: float = 1800.0  # no rank begins a step, save or probe for so long: stacks, and the end; 0: never
+    stop_seconds: float = 600.0  # after a signal, leave by then, saved or not; deepspeed's launcher kills after 30
+    peer_seconds: float = 60.0  # a rank that is not heard of for this long counts as dead; 0: never
     worker_restarts: int = 10  # loader workers that may die and be replaced
 
 
@@ -192,8 +194,8 @@ class TrainConfig:
 
 # What may differ between a run and its continuation: where and how fast, not what is computed.
 MAY_CHANGE_ON_RESUME = (
-    "engine.ds_config", "engine.compile", "checkpoint.", "faults.", "probe.", "log.", "data.workers", "data.shards",
-    "optim.micro_batch",
+    "engine.ds_config", "engine.compile", "checkpoint.", "faults.", "probe.", "log.", "data.workers", "data.prefetch",
+    "data.shards", "optim.micro_batch",
 )  # fmt: skip
 
 

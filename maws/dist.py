@@ -1,9 +1,8 @@
-"""Ranks: who we are, waiting for each other, and means over all. The only reader of launcher environment variables."""
+"""Ranks: waiting for each other, means over all, and gathering. Who we are is in maws/launchers.py."""
 
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -11,40 +10,11 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class World:
-    """This process among the others, and which launcher started it."""
-
-    rank: int
-    size: int
-    local_rank: int
-    launcher: str
-
-
-def detect() -> World:
-    """Read what torchrun, deepspeed or srun left in the environment; nothing there means one plain process.
-
-    Fills in what `torch.distributed` needs with `setdefault`, so that nothing tries to discover MPI.
-    """
-    env = os.environ
-    if "RANK" in env:
-        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "environment"
-    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        launcher = "srun"
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
-        env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-        env.setdefault("MASTER_PORT", "29500")
-    else:
-        launcher = "plain python"
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")), launcher)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+from maws.launchers import World
+from maws.launchers import detect as detect  # with dist.rank() and the like: who we are
+from maws.launchers import free_port as free_port
+from maws.launchers import one_device_each as one_device_each
+from maws.launchers import started_as_first as started_as_first
 
 
 def share_cores(world: World) -> None:
@@ -53,8 +23,7 @@ def share_cores(world: World) -> None:
     A set OMP_NUM_THREADS is respected.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(world.size))))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
 
 
 def timeout() -> timedelta:
@@ -72,6 +41,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return td.get_world_size() if initialised() else 1
+
+
+def master() -> str:
+    """The host of rank 0, as the launcher announced it."""
+    return os.environ.get("MASTER_ADDR") or socket.gethostname()
 
 
 def barrier() -> None:
@@ -114,12 +88,27 @@ def mean(values: Sequence[Tensor], device: torch.device) -> list[float]:
     return t.tolist()
 
 
+def largest(values: Sequence[float], device: torch.device) -> list[float]:
+    """The largest over ranks of each number, in one message."""
+    t = torch.tensor(values, device=device)
+    if initialised():
+        td.all_reduce(t, td.ReduceOp.MAX)
+    return t.tolist()
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Rows of all ranks in rank order; each rank gives the same number."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    td.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        td.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        return all_gather(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]

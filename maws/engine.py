@@ -4,29 +4,30 @@
     with runtime.partitioned(): objective = ...     # parameters are split over the ranks as they are made
     engine = runtime.build(objective, groups, cfg)  # forward, backward, step, the local part of the state
 
-`ds_configs/*.json` hold what only DeepSpeed knows; batch, learning rate, clipping and precision are ours and are merged
-here. A file that also sets them is an error: one owner per number.
+The file in force and what is merged into it are in maws/ds_config.py; the means of weights in maws/momentum.py.
 """
 
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
 
-from maws import dist
-from maws.config import ConfigError, EngineConfig, OptimConfig, load_json, nearest
+from maws import compiling, dist, ds_config
+from maws.config import ConfigError, EngineConfig, OptimConfig
 from maws.data.batch import Batch, Losses
-from maws.momentum import MomentumTarget
+from maws.host_copy import copy_to_host
+from maws.momentum import MomentumTarget, WeightMeans, write
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402 - after the accelerator is chosen, so that it does not probe and warn
+from deepspeed.ops.op_builder import AsyncIOBuilder  # type: ignore[attr-defined]  # noqa: E402
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     groups,
     safe_get_full_fp32_param,
@@ -40,78 +41,34 @@ from timm.models.vision_transformer import Block  # noqa: E402
 
 log = logging.getLogger(__name__)
 
-DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
-OURS = {
-    "train_batch_size": "optim.batch_size",
-    "train_micro_batch_size_per_gpu": "optim.micro_batch",
-    "gradient_accumulation_steps": "optim.micro_batch",
-    "gradient_clipping": "optim.clip",
-    "optimizer": "optim.lr, optim.betas, optim.weight_decay",
-    "scheduler": "optim.schedule",
-    "bf16": "engine.precision",
-    "fp16": "engine.precision",
-    "torch_autocast": "engine.precision",
-}
 # Gathered in one piece: DeepSpeed's hooks run once a block, not for each layer in it. By name where the import is slow.
 LEAVES: list[Any] = [Block, "XLMRobertaLayer"]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, Loshchilov and Hutter, 2019
 
 
-def ds_config(cfg: EngineConfig, device: str) -> dict[str, Any]:
-    """The DeepSpeed file in force. Raises ConfigError for an unknown file, a doubled setting, or another ZeRO stage."""
-    name = cfg.ds_config if cfg.ds_config != "auto" else "zero3" if device == "cuda" else "zero3_cpu"
-    path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
-    if not path.is_file():
-        known = sorted(p.stem for p in DS_CONFIGS.glob("*.json"))
-        raise ConfigError(f"engine.ds_config={cfg.ds_config}: there is no {path}; {nearest(name, known)}")
-    config = load_json(path)
-    for key, ours in OURS.items():
-        if key in config:
-            raise ConfigError(f"{path} sets {key}, which is ours: remove it there and set {ours} instead")
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage != 3:
-        raise ConfigError(f"{path} has ZeRO stage {stage}; checkpoints and export are written for stage 3")
-    return config
-
-
-def accumulation(cfg: OptimConfig, world: int) -> tuple[int, int]:
-    """(images per rank and forward, forwards per step). Raises ConfigError when the batch does not divide."""
-    if cfg.batch_size % world:
-        raise ConfigError(
-            f"optim.batch_size={cfg.batch_size} must be a multiple of the {world} ranks; "
-            f"try {-(-cfg.batch_size // world) * world}"
-        )
-    per_rank = cfg.batch_size // world
-    micro = cfg.micro_batch or per_rank
-    if per_rank % micro:
-        unit = world * micro
-        raise ConfigError(
-            f"optim.batch_size={cfg.batch_size} must be a multiple of {unit} "
-            f"({world} ranks x optim.micro_batch={micro}); "
-            f"try {-(-cfg.batch_size // unit) * unit}"
-        )
-    return micro, per_rank // micro
-
-
 class Runtime:
-    """The process group, the device and the numbers' precision."""
+    """The process group, the device and the numbers' precision.
 
-    def __init__(self, cfg: EngineConfig, optim: OptimConfig) -> None:
-        self.world = dist.detect()
+    `width` is the image tower's, for `engine.ds_config=auto`. Raises ConfigError for settings that cannot be used, all
+    of them before a model is built.
+    """
+
+    def __init__(self, cfg: EngineConfig, optim: OptimConfig, width: int = 0) -> None:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-        self.config = ds_config(cfg, kind)
-        self.micro, self.accumulate = accumulation(optim, self.world.size)
+        self.world = dist.one_device_each(torch.cuda.device_count()) if kind == "cuda" else dist.detect()
         self.precision = cfg.precision if cfg.precision != "auto" else "bf16" if kind == "cuda" else "fp32"
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"engine.precision={cfg.precision} is not known; use auto, fp32 or bf16")
-        self.config |= {
-            "train_micro_batch_size_per_gpu": self.micro,
-            "gradient_accumulation_steps": self.accumulate,
-            "gradient_clipping": optim.clip,
-            "bf16": {"enabled": self.precision == "bf16"},
-            "zero_allow_untested_optimizer": True,  # torch's AdamW: nothing is compiled on the user's machine
-            "steps_per_print": 1 << 60,
-        }
+        if not 0 <= optim.ema < 1:
+            raise ConfigError(f"optim.ema={optim.ema} must be at least 0 (none) and less than 1; 0.9999 is usual")
+        compiling.check(cfg.compile, kind)
+        self.compile = cfg.compile
+        self.ds_config, self.ds_config_why = ds_config.chosen(cfg.ds_config, kind, width)
+        own = ds_config.ds_config(cfg, kind, width)
+        self.micro, self.accumulate = ds_config.accumulation(optim, self.world.size)
+        self.config = ds_config.merged(own, optim, self.precision, self.micro, self.accumulate)
+        _understood(self.config, self.ds_config, self.world.size)
+        self.offloaded = ds_config.offloads(self.config, "optimizer") != "none"
         if kind == "cpu":
             dist.share_cores(self.world)
             deepspeed.ops.__dict__["__compatible_ops__"] = {}  # no probe for compilers, no shared-memory op
@@ -131,12 +88,16 @@ class Runtime:
         return deepspeed.zero.GatheredParameters(params, modifier_rank=0)
 
     def build(self, objective: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig) -> "Engine":
-        adamw = torch.optim.AdamW(groups, lr=optim.peak_lr, betas=optim.betas, weight_decay=optim.weight_decay)
+        adamw = torch.optim.AdamW(  # fused: one pass over the states, and no temporaries of their size
+            groups, lr=optim.peak_lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
+        )
+        if self.compile == "blocks":
+            compiling.compile_blocks(objective)
         set_z3_leaf_modules(objective, LEAVES, raise_if_not_found=False)
         engine, *_ = deepspeed.initialize(
             model=objective, optimizer=adamw, config=self.config, dist_init_required=False
         )
-        return Engine(engine, self)
+        return Engine(engine, self, optim.ema)
 
     def close(self) -> None:
         """End the process group. Only on success: waiting for a rank that failed would hang."""
@@ -149,12 +110,14 @@ class Runtime:
 class Engine:
     """One objective in training."""
 
-    def __init__(self, engine: Any, runtime: Runtime) -> None:
+    def __init__(self, engine: Any, runtime: Runtime, ema: float = 0.0) -> None:
         self._engine, self.runtime = engine, runtime
         self.objective: nn.Module = engine.module
         self.device = runtime.device
         self.target = MomentumTarget(self.objective, _local_fp32)
         self.target.start()
+        self.ema = WeightMeans(self.trained() if ema else [], _local_fp32, ema, on_host=runtime.offloaded)
+        self.ema.start()
         self._renew(p.target for p in self.target.params)
 
     def step(self, batch: Batch, progress: float = 0.0) -> Losses:
@@ -172,6 +135,7 @@ class Engine:
                 total[name] = (
                     total.get(name, torch.zeros((), device=self.device)) + value.detach() / self.runtime.accumulate
                 )
+        self.ema.follow()
         if self.target.params:
             momentum = self.objective.momentum(progress)  # type: ignore[operator]
             self.target.follow(momentum)
@@ -220,6 +184,7 @@ class Engine:
     def partitions(self) -> dict[str, nn.Parameter]:
         """What a checkpoint holds cut into partitions: key -> the parameter that is cut in the same way."""
         kept = {f"{kind}/{name}": p for name, p in self.trained() for kind in ("weight", *MOMENTS)}
+        kept |= {f"ema/{name}": p for name, p in self.ema.params}
         return kept | {f"average/{name}": target for name, target, _ in self.target.params}
 
     def buffers(self) -> dict[str, Tensor]:
@@ -227,16 +192,18 @@ class Engine:
         state = self.objective.state_dict(keep_vars=True)  # leaves out what a constructor computes
         return {f"buffer/{n}": b for n, b in self.objective.named_buffers() if n in state}
 
-    def local_state(self) -> dict[str, Tensor]:
-        """This rank's partition of the fp32 weights and moments of everything trained and of the means of what follows
-        it, one flat tensor each; and the buffers."""
+    def local_state(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """This rank's partition of the fp32 weights and moments of everything trained, of its means (optim.ema) and
+        those of what follows it, one flat tensor each; and the buffers. Copies on the CPU, in the memory of an earlier
+        one if that is given."""
         state = self.buffers()
         for name, p in self.trained():
             state[f"weight/{name}"] = safe_get_local_fp32_param(p)
             for moment in MOMENTS:
-                state[f"{moment}/{name}"] = safe_get_local_optimizer_state(p, moment)
+                state[f"{moment}/{name}"] = _local_moment(p, moment)
+        state |= {f"ema/{name}": mean for name, mean in self.ema.means.items()}
         state |= {f"average/{name}": mean for name, mean in self.target.means.items()}
-        return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
+        return copy_to_host(state, into)
 
     @torch.no_grad()
     def load_local_state(self, state: dict[str, Tensor], steps: int) -> None:
@@ -244,15 +211,16 @@ class Engine:
         zero = self._engine.optimizer
         for flat in zero.fp32_partitioned_groups_flat:  # the moments are otherwise made at the first step
             zero.optimizer.state[flat] = {
-                "step": torch.tensor(float(steps)),
+                "step": torch.tensor(float(steps), device=flat.device),
                 **{moment: torch.zeros_like(flat) for moment in MOMENTS},
             }
         for name, p in self.trained():
             weight = state[f"weight/{name}"].to(self.device)
             safe_set_local_fp32_param(p, weight)
-            p.ds_tensor.copy_(weight)  # type: ignore[attr-defined]  # the copy that forward gathers, in its own precision
+            write(p, weight)  # the copy that forward gathers, in its own precision
             for moment in MOMENTS:
                 safe_set_local_optimizer_state(p, state[f"{moment}/{name}"].to(self.device), moment)
+        self.ema.load({name: state[f"ema/{name}"] for name in self.ema.means})
         self.target.load({name: state[f"average/{name}"] for name in self.target.means})
         for key, buffer in self.buffers().items():
             buffer.copy_(state[key])
@@ -263,21 +231,56 @@ class Engine:
         """(elements of the whole parameter, elements of one rank's partition, padding included)."""
         return param.ds_numel, param.ds_tensor.ds_numel  # type: ignore[attr-defined]
 
-    def full_weights(self, wanted: Callable[[str], object] = bool) -> Iterator[tuple[str, Tensor]]:
+    def full_weights(self, wanted: Callable[[str], object] = bool, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The parameters whose names are wanted (all are true), whole: fp32 master values where there are some, on the
-        CPU; all ranks take part."""
+        CPU; all ranks take part. With `ema` their means instead; what is not trained has none and is as it is."""
         for name, p in self.objective.named_parameters():
             if not wanted(name):
                 continue
-            if p.requires_grad:
+            if ema and p.requires_grad:
+                yield name, self._whole(self.ema.means[name], p)
+            elif p.requires_grad:
                 yield name, safe_get_full_fp32_param(p).detach().float().cpu().reshape(p.ds_shape)  # type: ignore
             else:
                 with deepspeed.zero.GatheredParameters([p]):
                     value = p.detach().float().cpu().clone()
                 yield name, value
 
+    def _whole(self, part: Tensor, param: nn.Parameter) -> Tensor:
+        """All ranks' parts of a parameter put together, without the padding behind its end."""
+        flat = dist.all_gather(part.to(self.device))
+        return flat[: param.ds_numel].reshape(param.ds_shape).cpu()  # type: ignore[attr-defined]
+
     def close(self) -> None:
         self._engine.destroy()
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, which DeepSpeed makes once a process
+
+
+def _understood(config: dict[str, Any], name: str, world: int) -> None:
+    """Raises ConfigError for values that DeepSpeed refuses, and for NVMe where its driver cannot be built."""
+    try:
+        zero = DeepSpeedZeroConfig(**config["zero_optimization"])
+    except (ValueError, AssertionError, TypeError) as e:
+        raise ConfigError(f"engine.ds_config={name}: DeepSpeed refuses it: {' '.join(str(e).split())}") from None
+    if zero.zero_hpz_partition_size > 1 and world % zero.zero_hpz_partition_size:
+        raise ConfigError(
+            f"engine.ds_config={name}: zero_hpz_partition_size={zero.zero_hpz_partition_size} must divide the {world} "
+            f"ranks; it is the number of ranks on one machine"
+        )
+    nvme = "nvme" in (ds_config.offloads(config, "optimizer"), ds_config.offloads(config, "param"))
+    if nvme and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ConfigError(
+            f"engine.ds_config={name}: DeepSpeed's async_io cannot be built here; it needs the headers of libaio "
+            f"(Debian and Ubuntu: apt-get install libaio-dev). zero3_offload keeps the states in memory instead"
+        )
+
+
+def _local_moment(param: nn.Parameter, moment: str) -> Tensor:
+    """This rank's partition of a moment; before the first step there are none, which is to say zeros."""
+    try:
+        return safe_get_local_optimizer_state(param, moment)
+    except KeyError:
+        return torch.zeros_like(safe_get_local_fp32_param(param))
 
 
 def _local_fp32(param: nn.Parameter) -> Tensor:

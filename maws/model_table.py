@@ -155,7 +155,7 @@ def show(rows: Sequence[Row], ranks: int, left_out: Sequence[str]) -> None:
     wide.print(memory_table(rows, terminal))
     where = f"on each of {ranks} ranks (ZeRO-3)" if ranks > 1 else "on one rank (--ranks N: shared by N)"
     console.print(
-        f"States: weights, gradients and Adam's moments, 16 bytes per parameter in bf16 and in fp32; LC-MAE 4 more for "
+        f"States: weights, gradients and Adam's moments, 16 bytes per parameter in bf16 and in fp32; LC-MAE 6 more for "
         f"each that its target follows; {where}. Activations: one image in bf16."
     )
     if left_out:

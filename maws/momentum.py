@@ -1,9 +1,11 @@
-"""Momentum targets: weights that follow other weights as an exponential mean, each rank on the partition it owns.
+"""Weights that follow other weights as an exponential mean, each rank on the partition it owns.
 
 An objective with a target branch (LC-MAE's) says which names follow which:
 
     def follows(self):            return {"target.": "online."}      # target.norm.weight follows online.norm.weight
     def momentum(self, progress): return cosine_to_one(0.996, progress)
+
+And the mean of all that is trained (`optim.ema`), which no forward reads: it is kept, saved and released.
 
 The means are kept in float32 beside the weights that forward reads: in bfloat16 a step of less than 1/256 of a value
 would be rounded away, and all steps of a momentum of 0.996 are. Nothing is sent between ranks: source and target have
@@ -67,7 +69,7 @@ class MomentumTarget:
         """Begin as a copy of the source."""
         for name, target, source in self.params:
             self.means[name] = self.values(source).clone()
-            _write(target, self.means[name])
+            write(target, self.means[name])
         for target, source in self.buffers:
             target.copy_(source)
 
@@ -76,7 +78,7 @@ class MomentumTarget:
         """mean = momentum * mean + (1 - momentum) * source; counters are copied (recipes §4.4)."""
         for name, target, source in self.params:
             self.means[name].lerp_(self.values(source), 1 - momentum)
-            _write(target, self.means[name])
+            write(target, self.means[name])
         for target, source in self.buffers:
             target.lerp_(source, 1 - momentum) if target.is_floating_point() else target.copy_(source)
 
@@ -85,7 +87,40 @@ class MomentumTarget:
         """Put back this rank's part of the means."""
         for name, target, _ in self.params:
             self.means[name].copy_(means[name])
-            _write(target, self.means[name])
+            write(target, self.means[name])
+
+
+class WeightMeans:
+    """mean = decay * mean + (1 - decay) * weight, of this rank's part of every trained parameter, after every step.
+
+    It begins as a copy of the weights and has no correction for that: a decay of 0.9999 forgets them in some 10,000
+    steps. `on_host` keeps it where an optimizer is that was moved there.
+    """
+
+    def __init__(
+        self, params: list[tuple[str, nn.Parameter]], values: Callable[[nn.Parameter], Tensor], decay: float,
+        on_host: bool = False,
+    ) -> None:  # fmt: skip
+        self.params, self.values, self.decay, self.on_host = params, values, decay, on_host
+        self.means: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def start(self) -> None:
+        for name, p in self.params:
+            own = self.values(p).detach()
+            self.means[name] = own.to("cpu" if self.on_host else own.device, torch.float32, copy=True)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        for name, p in self.params:
+            mean = self.means[name]
+            mean.lerp_(self.values(p).to(mean.device), 1 - self.decay)
+
+    @torch.no_grad()
+    def load(self, means: dict[str, Tensor]) -> None:
+        """Put back this rank's part of the means."""
+        for name, mean in self.means.items():
+            mean.copy_(means[name])
 
 
 def _pairs(names: Iterable[str], follows: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -94,7 +129,7 @@ def _pairs(names: Iterable[str], follows: dict[str, str]) -> Iterator[tuple[str,
         yield from ((name, source + name.removeprefix(prefix)) for name in names if name.startswith(prefix))
 
 
-def _write(param: nn.Parameter, values: Tensor) -> None:
+def write(param: nn.Parameter, values: Tensor) -> None:
     """Give a parameter (or the partition of it that this rank owns) its values, in its own precision."""
     getattr(param, "ds_tensor", param.data).copy_(values)
     if getattr(param, "ds_secondary_tensor", None) is not None:

@@ -1,15 +1,23 @@
-"""Samples that could not be read: RUN/quarantine.jsonl lists each once, and too many of them end the run."""
+"""Samples that could not be read: RUN/quarantine.jsonl lists each once, and too many of them end the run.
+
+{"step": 12, "key": "k017", "shard": "00003", "reason": "truncated"}
+"""
 
 import json
 import logging
 import math
+import re
+from collections import Counter
 from pathlib import Path
 
 from data_pipeline.errors import DataError
 from maws import dist
 from maws.data.batch import BadSample
+from maws.files import json_lines
 
 log = logging.getLogger(__name__)
+
+SENTENCE = "unreadable"  # what a reason that is no single word is counted under: a file that could not be read
 
 
 class Quarantine:
@@ -18,26 +26,37 @@ class Quarantine:
     def __init__(self, path: Path, max_bad: float, samples: int) -> None:
         self.path, self.samples = path, samples
         self.allowed = max(1, math.floor(max_bad * samples))
-        self.keys: set[str] = set()
-        if path.exists():
-            self.keys = {json.loads(line)["key"] for line in path.read_text().splitlines() if line.endswith("}")}
+        if dist.rank() == 0 and path.exists() and not path.read_bytes().endswith(b"\n"):
+            with path.open("a") as f:
+                f.write("\n")  # after half a line of a killed writer, for the next one to be whole
+        self.reasons: dict[str, str] = {e["key"]: e["reason"] for e in json_lines(path) if {"key", "reason"} <= set(e)}
 
     def add(self, step: int, bad: list[BadSample]) -> None:
         """All ranks call this in the step in which any of them met one. Raises DataError above the budget."""
         for entries in dist.gather_objects(bad):
             for entry in entries:
-                if entry["key"] in self.keys:
+                if entry["key"] in self.reasons:
                     continue
-                self.keys.add(entry["key"])
+                self.reasons[entry["key"]] = entry["reason"]
                 log.warning("sample %s of shard %s left out: %s", entry["key"], entry["shard"], entry["reason"])
                 if dist.rank() == 0:
                     with self.path.open("a") as f:
                         f.write(json.dumps({"step": step, **entry}) + "\n")
-        if len(self.keys) > self.allowed:
+        if len(self.reasons) > self.allowed:
+            counts = ", ".join(f"{n} {reason}" for reason, n in self.counts().most_common())
             raise DataError(
-                f"{len(self.keys)} of {self.samples} samples could not be read, more than data.max_bad allows "
-                f"({self.allowed}); they are listed in {self.path}. Check the shard set, or raise data.max_bad"
+                f"{len(self.reasons)} of {self.samples} samples could not be read ({counts}), more than data.max_bad "
+                f"allows ({self.allowed}); they are listed in {self.path}. Check the shard set, or raise data.max_bad"
             )
 
+    def counts(self) -> Counter[str]:
+        """Bad samples by reason."""
+        return Counter(r if re.fullmatch(r"\w+", r) else SENTENCE for r in self.reasons.values())
+
     def report(self) -> dict[str, int]:
-        return {"data/bad_samples": len(self.keys)} if self.keys else {}
+        """For metrics.jsonl: how many there are, in all and by reason; nothing while there are none."""
+        if not self.reasons:
+            return {}
+        return {"data/bad_samples": len(self.reasons)} | {
+            f"data/bad_samples/{reason}": n for reason, n in sorted(self.counts().items())
+        }

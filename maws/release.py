@@ -1,6 +1,7 @@
 """The release form of a run: weights and everything needed to use them, in one folder that can be copied anywhere.
 
-RUN/release/model.safetensors    fp32, timm's and MAE's parameter names
+RUN/release/model.safetensors    fp32, timm's and MAE's parameter names; above 5 GB in several files (weight_files.py)
+            ema.safetensors      the same of the mean of the weights (`optim.ema`)
             config.json          stage, lineage, model sizes, what it was trained on
             preprocess.json      how evaluation images are made
             tokenizer/           LiT only
@@ -8,19 +9,20 @@ RUN/release/model.safetensors    fp32, timm's and MAE's parameter names
             README.md            model card
 
 release = open_release("runs/demo/mae_wsp"); tower = load_image_tower(release)
+
+The mean stands in for the weights where that is asked for: `release.ema`, or the path RUN/release/ema.safetensors.
 """
 
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maws.checkpoint import CheckpointError
@@ -29,13 +31,14 @@ from maws.data.masks import Masking, make_mask
 from maws.data.tokenizer import Tokenizer
 from maws.data.tokenizer import load_tokenizer as load_tokenizer_folder
 from maws.data.transforms import Preprocess
-from maws.files import sha256, sync, write_json, write_whole
+from maws.files import sync, write_json, write_whole
 from maws.models.mae import DecoderShape, MaskedAutoencoder
 from maws.models.text import TextShape, TextTower
 from maws.models.two_tower import TwoTower
 from maws.models.vit import Shape, VisionTransformer
 from maws.objectives.masked_patches import reconstruct
 from maws.seeding import stream
+from maws.weight_files import MAX_SHARD, WeightFiles, Weights, find_weights, weights_sha256, write_weights
 
 FORMAT = 1
 ENCODER = r"(patch_embed|blocks|norm|cls_token|pos_embed|rel_pos_bias)(\..*)?"  # the names of an image tower
@@ -48,6 +51,7 @@ class Release:
     folder: Path
     config: dict[str, Any]
     preprocess: Preprocess
+    stem: str = "model"  # or "ema": which of the sets of weights is meant
 
     @property
     def stage(self) -> str:
@@ -60,12 +64,18 @@ class Release:
 
     @property
     def weights(self) -> Path:
-        return self.folder / "model.safetensors"
+        """The file, or the index of several."""
+        return find_weights(self.folder, self.stem) or self.folder / f"{self.stem}.safetensors"
+
+    @property
+    def ema(self) -> "Release | None":
+        """The same model with the mean of its weights; None when the run kept none."""
+        return replace(self, stem="ema") if find_weights(self.folder, "ema") else None
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the weights: the identity of the model, kept with every score."""
-        return sha256(self.weights)
+        """Hash of the weights: the identity of the model, kept with every score. Of several files: weight_files.py."""
+        return weights_sha256(self.weights)
 
     @property
     def shape(self) -> Shape:
@@ -73,15 +83,23 @@ class Release:
 
 
 def open_release(path: str | Path) -> Release:
-    """A run folder or a release folder. Raises CheckpointError that says what was looked for."""
-    path = Path(path)
+    """A run folder or a release folder; or the file of its mean of weights, which is then what is meant.
+
+    Raises CheckpointError that says what was looked for.
+    """
+    path, stem = Path(path), "model"
+    if path.name in ("ema.safetensors", "ema.safetensors.index.json"):
+        path, stem = path.parent, "ema"
     folder = path / "release" if (path / "release").is_dir() else path
-    missing = [n for n in ("model.safetensors", "config.json", "preprocess.json") if not (folder / n).is_file()]
+    missing = [n for n in ("config.json", "preprocess.json") if not (folder / n).is_file()]
+    if find_weights(folder, stem) is None:
+        missing.insert(0, f"{stem}.safetensors")
     if missing:
         if (path / "checkpoints").is_dir():
             raise CheckpointError(
                 f"{path} is a run that is not finished, so it has no release/ yet; "
-                f"finish it with the command that started it and --resume auto"
+                f"finish it with the command that started it and --resume auto, or make one of its newest checkpoint: "
+                f"python -m maws export {path} --output FOLDER"
             )
         raise CheckpointError(
             f"{path} holds no trained model: looked for {', '.join(missing)} in {folder}; "
@@ -94,37 +112,51 @@ def open_release(path: str | Path) -> Release:
             raise CheckpointError(f"{folder} has release format {config['format']}, this version reads up to {FORMAT}")
     except (ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{folder} is damaged: config.json or preprocess.json cannot be used ({e})") from None
-    return Release(folder, config, preprocess)
+    return Release(folder, config, preprocess, stem)
 
 
 def write_release(
-    folder: Path, weights: dict[str, Tensor], config: dict[str, Any], preprocess: Preprocess,
-    extras: dict[str, Path] | None = None,
+    folder: Path, weights: Weights | Mapping[str, Tensor], config: dict[str, Any], preprocess: Preprocess,
+    extras: dict[str, Path] | None = None, ema: Weights | None = None, max_shard: int = MAX_SHARD,
 ) -> None:  # fmt: skip
-    """Put a release together under a temporary name and rename it. Rank 0 only; `extras` are copied in by name."""
-    tmp = folder.with_name(f"tmp-{folder.name}")
+    """Put a release together under a temporary name and rename it. Rank 0 only; `extras` are copied in by name.
+
+    The weights are taken one by one, first `weights`, then `ema`. Raises OSError when the disk is full and the like;
+    nothing is left of it then, and what the folder held before stays.
+    """
+    tmp, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(f"tmp-old-{folder.name}")
     shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    save_file(weights, tmp / "model.safetensors", metadata={"format": "pt"})
-    sync(tmp / "model.safetensors")
-    write_json(tmp / "config.json", {"format": FORMAT, **config})
-    write_json(tmp / "preprocess.json", preprocess.to_json())
-    write_whole(tmp / "README.md", model_card(config, sum(w.numel() for w in weights.values())))
-    for name, source in (extras or {}).items():
-        copy = shutil.copytree if source.is_dir() else shutil.copyfile
-        copy(source, tmp / name)
+    try:
+        tmp.mkdir(parents=True)
+        weights = weights if isinstance(weights, Weights) else Weights.of(weights)
+        write_weights(tmp, "model", weights, max_shard)
+        if ema is not None:
+            write_weights(tmp, "ema", ema, max_shard)
+        write_json(tmp / "config.json", {"format": FORMAT, **config})
+        write_json(tmp / "preprocess.json", preprocess.to_json())
+        write_whole(tmp / "README.md", model_card(config, weights.parameters))
+        for name, source in (extras or {}).items():
+            copy = shutil.copytree if source.is_dir() else shutil.copyfile
+            copy(source, tmp / name)
+        sync(tmp)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     tmp.rename(folder)
     sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def model_card(config: dict[str, Any], parameters: int) -> str:
     """What a stranger who finds the folder needs to know."""
     chain = " → ".join(STAGE_NAMES.get(str(stage), str(stage)) for stage in config["lineage"])
+    dtype = config.get("dtype", "float32")
     train = "\n".join(f"| {k} | {v} |" for k, v in config["train"].items())
     return (
-        f"# {chain}, {config['variant']}\n\n{parameters:,} parameters in `model.safetensors` (float32). "
+        f"# {chain}, {config['variant']}\n\n{parameters:,} parameters in `model.safetensors` ({dtype}). "
         f"Load with `maws.release.open_release` and `load_image_tower`.\n\n"
         f"| training | |\n|---|---|\n{train}\n\nThe data's licences and biases are those of the shard set "
         f"(`shards_sha256` in config.json). No claim is made about uses outside research on the training domain.\n"
@@ -133,11 +165,8 @@ def model_card(config: dict[str, Any], parameters: int) -> str:
 
 def read_weights(release: Release, pattern: str = ".*") -> dict[str, Tensor]:
     """The tensors whose names match. Raises CheckpointError when the file is damaged."""
-    try:
-        with safe_open(release.weights, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys() if re.fullmatch(pattern, k)}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"{release.weights} is damaged: {e}") from None
+    with WeightFiles(release.weights) as files:
+        return {name: files.read(name) for name in files.names if re.fullmatch(pattern, name)}
 
 
 def image_tower_weights(release: Release) -> dict[str, Tensor]:

@@ -1,9 +1,12 @@
 """Named random streams: every use draws from (seed, name, numbers), so no step's randomness depends on the past."""
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch  # where it is used: the order of samples is also told without it (maws/ledger.py)
 
 MASK = (1 << 63) - 1
 
@@ -19,8 +22,10 @@ def stream(seed: int, name: str, *parts: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(derive(seed, name, *parts)))
 
 
-def generator(seed: int, name: str, *parts: int | str) -> torch.Generator:
+def generator(seed: int, name: str, *parts: int | str) -> "torch.Generator":
     """The same for torch, on the CPU."""
+    import torch
+
     return torch.Generator().manual_seed(derive(seed, name, *parts))
 
 
@@ -43,5 +48,7 @@ def hash_keys(keys: list[str]) -> np.ndarray:
 
 def seed_everything(seed: int) -> None:
     """Seed torch's and numpy's global generators (dropout and drop path draw from torch's)."""
+    import torch
+
     torch.manual_seed(seed)
     np.random.seed(seed % (1 << 32))

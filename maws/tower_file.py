@@ -8,11 +8,9 @@ Axes: B images, C class tokens, N patches, T = C + N tokens, D width, H heads, d
 import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from maws.checkpoint import CheckpointError
@@ -20,6 +18,7 @@ from maws.models.patch_embed import resample_patches
 from maws.models.pos_embed import relative_index, resize_positions
 from maws.models.vit import Shape
 from maws.release import ENCODER, Release
+from maws.weight_files import WeightFiles
 
 POSITIONS, KERNEL, RELATIVE = "pos_embed", "patch_embed.proj.weight", "rel_pos_bias.relative_position_bias_table"
 EPS = 1e-6  # of every norm, recipes §1.2
@@ -42,11 +41,8 @@ class TowerFile(AbstractContextManager["TowerFile"]):
         """Raises CheckpointError when the file is damaged."""
         self.release, self.shape = release, release.shape
         prefix = "image." if release.stage == "lit" else ""
-        try:
-            self._file: Any = safe_open(release.weights, "pt").__enter__()
-            self.all_names: list[str] = sorted(self._file.keys())
-        except (OSError, SafetensorError) as e:
-            raise CheckpointError(f"{release.weights} is damaged: {e}") from None
+        self._file = WeightFiles(release.weights)
+        self.all_names = self._file.names
         own = re.escape(prefix) + ENCODER
         self._stored = {k.removeprefix(prefix): k for k in self.all_names if re.fullmatch(own, k)}
 
@@ -70,16 +66,13 @@ class TowerFile(AbstractContextManager["TowerFile"]):
         """The shape that `read` would give; only what has to be adapted is read for it."""
         if name in (POSITIONS, KERNEL):
             return tuple(self.read(name, fit).shape)
-        return tuple(self._file.get_slice(self._stored[name]).get_shape())
+        return self._file.shape(self._stored[name])
 
     def read(self, name: str, fit: Fit | None = None) -> Tensor:
         """A tensor, made to fit if asked. Raises CheckpointError when it is not there, damaged, or not as promised."""
         if name not in self._stored:
             raise CheckpointError(f"{self.release.weights} has no {name}, which its config.json promises")
-        try:
-            value = self._file.get_tensor(self._stored[name])
-        except (OSError, SafetensorError) as e:
-            raise CheckpointError(f"{self.release.weights} is damaged: {e}") from None
+        value = self._file.read(self._stored[name])
         if fit is None:
             return value
         if name == POSITIONS:

@@ -1,11 +1,9 @@
 """The training loop: steps until the end, a signal, or a fault that cannot be mended. Knows no stage by name."""
 
 import logging
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 
@@ -15,42 +13,22 @@ from maws.data.batch import Losses
 from maws.data.feed import Feed
 from maws.engine import Engine
 from maws.guard import Guard
+from maws.guard import check as check_faults
 from maws.history import History
 from maws.key_log import KeyLog
 from maws.log import Metrics
 from maws.meter import Meter
 from maws.quarantine import Quarantine
+from maws.retention import Retention
 from maws.saver import Saver
 from maws.schedule import Schedule, schedule_of
 from maws.seeding import derive, seed_everything
+from maws.stop_signal import INTERRUPTED, REQUEUE, Stopped, StopSignal
 from maws.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-REQUEUE, INTERRUPTED = 75, 130
 Probe = Callable[[Engine], dict[str, float]]  # how good the features are now; all ranks take part
-
-
-class Stopped(Exception):
-    """The run was asked to stop, has saved, and leaves with this exit code."""
-
-    def __init__(self, code: int, step: int) -> None:
-        super().__init__(f"stopped at step {step}")
-        self.code, self.step = code, step
-
-
-class StopSignal:
-    """SIGTERM and SIGUSR1 mean 'requeue me', Ctrl-C means 'stop'; a second Ctrl-C does not wait for the save."""
-
-    def __init__(self) -> None:
-        self.code = 0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.code == INTERRUPTED:
-            raise KeyboardInterrupt
-        self.code = INTERRUPTED if number == signal.SIGINT else REQUEUE
 
 
 @dataclass
@@ -80,6 +58,8 @@ class Plan:
             keep_every=cfg.checkpoint.keep_every.steps(steps_per_epoch, total),
         )
         plan.schedule(cfg.optim)  # an impossible one is refused before anything is built
+        check_faults(cfg.faults)
+        Retention.of(cfg.checkpoint, plan.keep_every, probed=plan.probe_every > 0)
         return plan
 
     def schedule(self, optim: OptimConfig) -> Schedule:
@@ -110,6 +90,10 @@ def train(engine: Engine, feed: Feed, cfg: TrainConfig, plan: Plan, run: Path, s
     keys = KeyLog(run, start) if cfg.log.keys else None
     values: dict[str, float] = {}
     step = saved = start
+    if code := _agree({}, watch.stop.code, 0, engine.device)[1]:  # while the model was built
+        watch.history.add("stop", start, code=code)
+        watch.watchdog.farewell()
+        raise Stopped(code, start, saved=False)
     while step < plan.total:
         watch.watchdog.pulse(step)
         watch.guard.keep(step)
@@ -124,10 +108,18 @@ def train(engine: Engine, feed: Feed, cfg: TrainConfig, plan: Plan, run: Path, s
         means, code, bad = _agree(losses, watch.stop.code, len(batch["bad"]), engine.device)
         if not skipped:
             if trouble := watch.guard.trouble(step, means, norm := engine.grad_norm()):
+                watch.watchdog.pulse(step, "rewind")
+                watch.saver.settle()
                 step = watch.guard.rewind(step, means, batch["keys"], trouble)
                 feed.go_to(step)
+                watch.meter.go_to(step)
+                for written in (metrics, keys):
+                    if written:
+                        written.go_to(step)
                 continue
             watch.meter.add(means, waited)
+        else:
+            watch.meter.skip()
         if bad:
             watch.quarantine.add(step, batch["bad"])
         if keys:
@@ -144,14 +136,22 @@ def train(engine: Engine, feed: Feed, cfg: TrainConfig, plan: Plan, run: Path, s
             values |= (found := watch.probe(engine))
             if metrics:
                 metrics.write(step, found)
+            watch.meter.aside()
+        if code:
+            watch.stop.agreed(code)
         if code or (step % plan.checkpoint_every == 0 and step < plan.total):
             watch.watchdog.pulse(step, "save")
             watch.saver.save(step, values)
+            watch.meter.aside()
             saved = step
         if code and step < plan.total:
             watch.saver.finish()
             watch.history.add("stop", step, code=code)
+            if metrics:
+                metrics.close()  # other writers than metrics.jsonl have lines of their own to send
+            watch.watchdog.farewell()
             raise Stopped(code, step)
+    watch.watchdog.pulse(plan.total, "save")
     if saved < plan.total:
         watch.saver.save(plan.total, values)
     watch.saver.finish()

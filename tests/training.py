@@ -1,24 +1,29 @@
-"""A small shard set made on the spot, and `maws/train.py` in processes of its own, as a user runs it."""
+"""A small shard set made on the spot, and `maws/train.py` in processes of its own, as a launcher starts it."""
 
+import contextlib
 import io
 import json
 import os
 import signal
 import subprocess
-import sys
+import tempfile
 import time
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from forks import TESTS, Forked, content
 from PIL import Image
 
 from data_pipeline.__main__ import main as build_main
 from maws.dist import free_port
+from maws.launch import environments
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = TESTS.parent
 CAPTIONS = [
     "a red #dog", "the #cat at home", "two #birds #tree", "#goldenretriever #dog", "fresh #apple", "#tree #mountain",
     "an old #house", "no tag here",
@@ -54,55 +59,45 @@ def build_shards(folder: Path, samples: int = 120, per_shard: int = 17) -> Path:
     return out
 
 
-ONE_AFTER_ANOTHER = """
-import json, os, sys
-from data_pipeline.ending import leave
-from maws.train import main
-for arguments, port in json.loads(sys.argv[1]):
-    os.environ["MASTER_PORT"] = port  # a rank may ask for the next group while the last one's store still answers
-    if code := main(arguments):
-        leave(code)
-leave(0)
-"""
-
-
 class Training:
-    """`maws/train.py` in processes of its own, `ranks` of them over gloo, as a launcher starts them."""
+    """`maws/train.py` on `ranks` processes over gloo, as a launcher starts them; each is forked, see forks.py.
+
+    Given a `command`, a fresh process of that for each rank. Given a `target`, a function "module:name" other than
+    `main` of maws/train.py, and `arguments` are what that is called with.
+    """
 
     def __init__(
-        self, arguments: list[str], ranks: int = 1, command: list[str] | None = None, folder: Path = ROOT
+        self,
+        arguments: Sequence[Any],
+        ranks: int = 1,
+        command: list[str] | None = None,
+        folder: Path = ROOT,
+        target: str = "",
     ) -> None:
-        command = command or [sys.executable, str(ROOT / "maws" / "train.py"), *arguments]
-        base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-        base |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-        common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        self.processes = []
-        for rank in range(ranks):
-            env = base | (common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
+        self.processes: list[Forked | Fresh] = []
+        call, given = (target, arguments) if target else ("maws.train:main", [arguments])
+        for env in environments(ranks):
+            env |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
             self.processes.append(
-                subprocess.Popen(
-                    command,
-                    env=env,
-                    cwd=folder,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    start_new_session=True,
-                )
-            )
+                Fresh(command, env, folder) if command
+                else Forked(call, given, env=env, cwd=folder, path=[str(TESTS / "maws"), str(TESTS)])
+            )  # fmt: skip
 
     def wait(self, seconds: float = 170) -> tuple[list[int], str]:
         """(exit codes, what was printed by all ranks)."""
+        until = time.monotonic() + seconds
         try:
-            printed = [p.communicate(timeout=seconds)[1] for p in self.processes]
+            codes = [p.wait(max(0.0, until - time.monotonic())) for p in self.processes]
         finally:
             self.signal(signal.SIGKILL)
-        return [p.returncode for p in self.processes], "\n".join(printed)
+        printed = "\n".join(p.printed() for p in self.processes)
+        assert None not in codes, f"not done after {seconds} s:\n{printed}"
+        return [code for code in codes if code is not None], printed
 
     def wait_for_steps(self, run: Path, steps: int, seconds: float = 120) -> None:
         until = time.monotonic() + seconds
         while len(metrics(run)) < steps:
-            assert time.monotonic() < until and self.processes[0].poll() is None, self.processes[0].stderr.read()  # type: ignore[union-attr]
+            assert time.monotonic() < until and self.processes[0].poll() is None, self.processes[0].printed()
             time.sleep(0.01)
 
     def signal(self, number: int, rank: int | None = None) -> None:
@@ -111,36 +106,76 @@ class Training:
                 os.killpg(p.pid, number)
 
 
+class Fresh:
+    """A command in a process and a session of its own, whose stderr is kept; it has the methods of `Forked`."""
+
+    def __init__(self, command: list[str], env: dict[str, str], folder: Path) -> None:
+        self._kept = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
+        weakref.finalize(self, self._kept.close)
+        self._process = subprocess.Popen(
+            command, env=env, cwd=folder, stdout=subprocess.DEVNULL, stderr=self._kept, start_new_session=True
+        )
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def printed(self) -> str:
+        return content(self._kept)
+
+
+def forked(arguments: Sequence[str], env: Mapping[str, str], output: int) -> Forked:
+    """A starter for `maws.launch.start_ranks`: each rank of `maws/train.py` is forked."""
+    env = {**env, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    return Forked("maws.train:main", [list(arguments)], env=env, cwd=ROOT, output=output, stdout=True)
+
+
+def one_after_another(runs: list[list[str]], ports: list[int]) -> int:
+    """In a rank: `maws/train.py` again and again, up to a run that fails."""
+    from maws.train import main
+
+    for arguments, port in zip(runs, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(
+            port
+        )  # a rank may ask for the next group while the last one's store still answers
+        if code := main(arguments):
+            return code
+    return 0
+
+
 def train_in_turn(runs: list[list[str]], ranks: int = 1, folder: Path = ROOT) -> None:
-    """Several trainings one after another in the same processes: starting those is most of a short run's time."""
-    own_ports = [(arguments, str(free_port())) for arguments in runs]
-    command = [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(own_ports)]
-    codes, printed = Training([], ranks, command, folder).wait()
+    """Several trainings one after another in the same processes."""
+    ports = [free_port() for _ in runs]
+    codes, printed = Training([runs, ports], ranks, folder=folder, target="training:one_after_another").wait()
     assert codes == [0] * ranks, printed
 
 
-EACH = """
-import contextlib, io, json, sys
-from data_pipeline.ending import leave
-from maws.train import main
-found = []
-for arguments in json.loads(sys.argv[1]):
-    with contextlib.redirect_stderr(io.StringIO()) as printed:
-        code = main(arguments)
-    found.append([code, printed.getvalue()])
-print(json.dumps(found), flush=True)
-leave(0)
-"""
+def each(runs: list[list[str]], out: str) -> int:
+    """In a rank: `maws/train.py` again and again; what each returned and printed goes to `out`."""
+    from maws.train import main
+
+    found = []
+    for arguments in runs:
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            code = main(arguments)
+        found.append([code, printed.getvalue()])
+    Path(out).write_text(json.dumps(found))
+    return 0
 
 
 def run_each(runs: list[list[str]]) -> list[tuple[int, str]]:
     """(exit code, what was printed) of several calls of `maws/train.py` in one process; a failure must be the last."""
-    done = subprocess.run(
-        [sys.executable, "-c", EACH, json.dumps(runs)], cwd=ROOT, capture_output=True, text=True, timeout=170,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [(code, printed) for code, printed in json.loads(done.stdout.splitlines()[-1])]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        codes, printed = Training([runs, str(out)], target="training:each").wait()
+        assert codes == [0], printed
+        return [(code, printed) for code, printed in json.loads(out.read_text())]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

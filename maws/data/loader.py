@@ -3,22 +3,23 @@
 A batch is a function of its step, so the loader has no state either: a worker is handed step numbers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.errors import DataError
-from data_pipeline.images import BadImage, decode
+from data_pipeline.images import BadImage
 from data_pipeline.shardset import ShardSet
+from maws import dist
 from maws.config import ConfigError, DataConfig
 from maws.data.batch import BadSample, Batch
 from maws.data.masks import Grid, Masking, make_mask
 from maws.data.order import Item, Order, Part
-from maws.data.views import View, show, view_of
+from maws.data.photo import read
+from maws.data.views import View, view, view_of
 
 MAX_REPLACEMENTS = 100  # in a row, in one stream: then it is not a sample that is broken but the shard set
 
@@ -36,7 +37,7 @@ def open_shards(cfg: DataConfig) -> ShardSet:
 def make_order(cfg: DataConfig, shards: ShardSet, seed: int, batch_size: int, labelled: bool = False) -> Order:
     return Order(
         shards, seed, batch_size,
-        streams=cfg.streams, window=cfg.window, resample=cfg.resample, labelled=labelled,
+        streams=cfg.streams, window=cfg.window, resample=cfg.resample, labelled=labelled, among=dist,
     )  # fmt: skip
 
 
@@ -51,7 +52,7 @@ class LoadImage:
         self.image_size, self.second_size = image_size, second_size
 
     def __call__(self, item: Item) -> Sample:
-        image = decode(self.shards.image_bytes(item.shard, item.row))
+        image = read(self.shards.image_bytes(item.shard, item.row))
         rng = item.stream(self.seed, "augment")
         if not self.second_size:
             return {"image": self.view(image, self.image_size, rng)}
@@ -74,13 +75,13 @@ class LoadTwoViews:
         self.shards, self.seed, self.image_size, self.same_crop = shards, seed, image_size, same_crop
 
     def __call__(self, item: Item) -> Sample:
-        image = decode(self.shards.image_bytes(item.shard, item.row))
+        image = read(self.shards.image_bytes(item.shard, item.row))
         size, rng, other = self.image_size, item.stream(self.seed, "augment"), item.stream(self.seed, "augment other")
         cut = self.first.cut(image, size, rng)
         cut_other = cut if self.same_crop else self.second.cut(image, size, other)
         return {
-            "image": show(cut.at(size), self.first.changes(size, rng)),
-            "image_other": show(cut_other.at(size), self.second.changes(size, other)),
+            "image": view(cut, size, self.first.changes(size, rng)),
+            "image_other": view(cut_other, size, self.second.changes(size, other)),
         }
 
 
@@ -105,12 +106,16 @@ class LoadMasked:
         return self.load(item) | {"ids_shuffle": torch.from_numpy(mask)}
 
 
-class StepDataset(Dataset[Batch]):
+class StepDataset:
     """Step number to batch."""
 
     def __init__(self, order: Order, part: Part, load: Load, finish: Callable[[Any, int], Batch] | None = None) -> None:
         order.check_world(part.world)
         self.order, self.part, self.load, self.finish = order, part, load, finish
+
+    def reach(self, step: int) -> None:
+        """Count the order up to a step in this process, so that none of those forked from it has to."""
+        self.order.items(step, self.part)
 
     def __getitem__(self, step: int) -> Batch:
         samples: list[Sample] = []
@@ -149,17 +154,3 @@ def collate(samples: list[Sample]) -> dict[str, Tensor]:
         else:
             out[name] = torch.stack(values)
     return out
-
-
-def batches(dataset: StepDataset, start_step: int, stop_step: int, workers: int) -> Iterator[Batch]:
-    """The batches of steps [start, stop), in order."""
-    steps = range(start_step, stop_step)
-    yield from DataLoader(
-        dataset,
-        sampler=steps,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None,
-        persistent_workers=False,
-    )

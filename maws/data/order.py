@@ -7,6 +7,7 @@ what a batch holds does not depend on W, and resuming at step n needs nothing bu
 """
 
 import hashlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ import numpy as np
 
 from data_pipeline.shardset import ShardSet
 from maws.config import ConfigError
+from maws.data.survey import Among, eligible, survey
 from maws.seeding import derive, hash_keys, stream, uniform
 
 MAX_STREAMS = 64
 MIN_ROWS_PER_STREAM = 16
+RECENT = 16  # shards whose rows stay in memory: those of a window are asked for twice, once for their number
 
 
 class Item(NamedTuple):
@@ -54,9 +57,10 @@ class Segment(NamedTuple):
 
 
 class _Rows(NamedTuple):
+    """What a run may visit of a shard; no keys: a shard's tens of thousands of them are asked for one by one."""
+
     rows: np.ndarray  # row numbers in the shard
-    keys: list[str]
-    hashes: np.ndarray  # uint64
+    hashes: np.ndarray  # of their keys, uint64; none without resampling
     repeat: np.ndarray  # expected visits an epoch
 
 
@@ -64,20 +68,21 @@ class Order:
     """Who comes when.
 
     `labelled` leaves out samples without a synset; `resample` visits each sample as often as its repeat factor says,
-    rounded up or down per epoch by a hash of (seed, epoch, key).
+    rounded up or down per epoch by a hash of (seed, epoch, key). `among`: the ranks that make this order together, and
+    share the survey of a large set.
 
     Raises ConfigError when the batch does not fit the set or the streams do not fit the batch.
     """
 
     def __init__(
         self, shards: ShardSet, seed: int, batch_size: int, *, streams: int = 0, window: int = 8,
-        resample: bool = True, labelled: bool = False,
+        resample: bool = True, labelled: bool = False, among: Among | None = None,
     ) -> None:  # fmt: skip
         self.shards, self.seed, self.batch_size, self.window = shards, seed, batch_size, window
         self.resample, self.labelled = resample, labelled
         self._cache: OrderedDict[int, _Rows] = OrderedDict()
         self._epochs: OrderedDict[tuple[int, int], _StreamEpoch] = OrderedDict()
-        counts, visits = self._survey()
+        counts, visits = survey(shards, resample, labelled, among)
         self.samples, self.visits = int(counts.sum()), float(visits.sum())
         if self.samples == 0:
             raise ConfigError(
@@ -98,6 +103,7 @@ class Order:
             )
         self.per_stream = batch_size // self.streams
         self._segments = cut(counts, self.streams)
+        shards.keep(window * self.streams)  # an item of any stream may come next
 
     def check_world(self, world: int) -> None:
         """Raises ConfigError when `world` ranks cannot share the streams evenly."""
@@ -121,19 +127,28 @@ class Order:
         """The sample keys of a whole step, sorted by stream: the ledger's line."""
         return [item.key for item in self.items(step)]
 
+    def steps_of(self, shard: int, row: int, epoch: int) -> list[int]:
+        """The steps of an epoch that visit one sample, one for each visit."""
+        place = int(np.searchsorted(self.rows(shard).rows, row))
+        for number, segments in enumerate(self._segments):
+            if any(s.shard == shard and s.start <= place < s.stop for s in segments):
+                places = self._stream_epoch(number, epoch).places(shard, row, self.steps_per_epoch * self.per_stream)
+                return sorted(epoch * self.steps_per_epoch + p // self.per_stream for p in places)
+        return []
+
     @property
     def identity(self) -> str:
         """A hash of everything the order depends on; a checkpoint keeps it, so that no run goes on in another order."""
-        facts = (
-            self.shards.sha256,
-            self.seed,
-            self.batch_size,
-            self.streams,
-            self.window,
-            self.resample,
-            self.labelled,
-        )
+        facts = (self.shards.sha256, *self.facts.values())
         return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What makes this order, beside the shard set; RUN/config.json keeps it for the ledger."""
+        return {
+            "seed": self.seed, "batch_size": self.batch_size, "streams": self.streams, "window": self.window,
+            "resample": self.resample, "labelled": self.labelled,
+        }  # fmt: skip
 
     def _stream_epoch(self, stream_number: int, epoch: int) -> "_StreamEpoch":
         at = (stream_number, epoch)
@@ -143,32 +158,31 @@ class Order:
             self._epochs[at] = _StreamEpoch(self, stream_number, epoch, self._segments[stream_number])
         return self._epochs[at]
 
-    def _survey(self) -> tuple[np.ndarray, np.ndarray]:
-        """Eligible rows and expected visits of every shard; only these two numbers a shard stay in memory."""
-        found = [self.rows(i) for i in range(self.shards.num_shards)]
-        return np.array([len(r.rows) for r in found]), np.array([r.repeat.sum() for r in found])
-
     def rows(self, shard: int) -> _Rows:
         if shard in self._cache:
             self._cache.move_to_end(shard)
             return self._cache[shard]
         index = self.shards.index(shard)
-        lengths = np.diff(index.column("labels").combine_chunks().offsets.to_numpy())
-        chosen = np.flatnonzero(lengths > 0) if self.labelled else np.arange(len(index))
-        keys = index.column("key").to_pylist()
-        keys = [keys[i] for i in chosen]
-        repeat = index.column("repeat").to_numpy()[chosen] if self.resample else np.ones(len(chosen))
-        if len(self._cache) >= 64:
+        rows = eligible(index, self.labelled)
+        if self.resample:
+            keys = index.column("key").to_pylist()
+            found = _Rows(rows, hash_keys([keys[i] for i in rows]), index.column("repeat").to_numpy()[rows])
+        else:
+            found = _Rows(rows, np.empty(0, np.uint64), np.ones(len(rows)))
+        if len(self._cache) >= RECENT:
             self._cache.popitem(last=False)
-        self._cache[shard] = _Rows(chosen, keys, hash_keys(keys), repeat)
-        return self._cache[shard]
+        self._cache[shard] = found
+        return found
+
+    def key(self, shard: int, row: int) -> str:
+        return self.shards.index(shard).column("key")[row].as_py()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": OrderedDict(), "_epochs": OrderedDict()}
 
 
 class _StreamEpoch:
-    """The visits of one stream in one epoch; windows are expanded when they are reached."""
+    """The visits of one stream in one epoch; windows are counted and expanded when they are reached."""
 
     def __init__(self, order: Order, stream_number: int, epoch: int, segments: Sequence[Segment]) -> None:
         self.order, self.number, self.epoch = order, stream_number, epoch
@@ -176,39 +190,72 @@ class _StreamEpoch:
             segments[i] for i in stream(order.seed, "segments", epoch, stream_number).permutation(len(segments))
         ]
         self.windows = [shuffled[i : i + order.window] for i in range(0, len(shuffled), order.window)]
-        self.ends = np.cumsum([sum(int(self._copies(s).sum()) for s in w) for w in self.windows])
-        if not self.windows or not self.ends[-1]:
-            raise ConfigError(
-                f"stream {stream_number} of {order.streams} has no sample in epoch {epoch}: {order.shards.path} is "
-                f"small ({order.visits:.0f} visits an epoch) and its repeat factors leave samples out; "
-                f"use fewer data.streams"
-            )
+        self._ends: list[int] = []  # visits up to the end of each window, as far as they were counted
         self._open: tuple[int, np.ndarray] | None = None
 
     def __getitem__(self, position: int) -> Item:
         """Counted on in a circle: an epoch's draw of repeats may be a few visits shorter than its steps."""
-        position %= int(self.ends[-1])
-        w = int(np.searchsorted(self.ends, position, side="right"))
+        if (w := self._window(position)) is None:
+            position %= self._total()
+            w = self._window(position)
+        assert w is not None
         if self._open is None or self._open[0] != w:
             self._open = w, self._expand(w)
-        shard, place, copy = self._open[1][position - (int(self.ends[w - 1]) if w else 0)]
-        rows = self.order.rows(int(shard))
-        return Item(int(shard), int(rows.rows[place]), rows.keys[place], self.epoch, int(copy))
+        shard, row, copy = map(int, self._open[1][position - (self._ends[w - 1] if w else 0)])
+        return Item(shard, row, self.order.key(shard, row), self.epoch, copy)
+
+    def places(self, shard: int, row: int, stop: int) -> list[int]:
+        """The positions before `stop` at which one sample is visited."""
+        found = []
+        for w, window in enumerate(self.windows):
+            if any(segment.shard == shard for segment in window):
+                self._window(stop)  # counts as far as it goes
+                visits = self._expand(w)
+                start = self._ends[w - 1] if w else 0
+                found += [start + int(i) for i in np.flatnonzero((visits[:, 0] == shard) & (visits[:, 1] == row))]
+        total = self._total()
+        return [p for first in found for p in range(first, stop, total)]
+
+    def _window(self, position: int) -> int | None:
+        """The window that a visit lies in; None behind the last."""
+        while not self._ends or self._ends[-1] <= position:
+            if len(self._ends) == len(self.windows):
+                return None
+            visits = sum(self._visits(s) for s in self.windows[len(self._ends)])
+            self._ends.append((self._ends[-1] if self._ends else 0) + visits)
+        return bisect_right(self._ends, position)
+
+    def _total(self) -> int:
+        """Visits of the epoch, when all are counted. Raises ConfigError when there is none."""
+        if not self._ends or not self._ends[-1]:
+            raise ConfigError(
+                f"stream {self.number} of {self.order.streams} has no sample in epoch {self.epoch}: "
+                f"{self.order.shards.path} is small ({self.order.visits:.0f} visits an epoch) and its repeat factors "
+                f"leave samples out; use fewer data.streams"
+            )
+        return self._ends[-1]
+
+    def _visits(self, segment: Segment) -> int:
+        return int(self._copies(segment).sum()) if self.order.resample else segment.stop - segment.start
 
     def _copies(self, segment: Segment) -> np.ndarray:
+        if not self.order.resample:
+            return np.ones(segment.stop - segment.start, np.int64)
         rows = self.order.rows(segment.shard)
         repeat = rows.repeat[segment.start : segment.stop]
         draw = uniform(rows.hashes[segment.start : segment.stop], derive(self.order.seed, "repeat", self.epoch))
         return np.floor(repeat + draw).astype(np.int64)  # r rounded up with probability frac(r)
 
     def _expand(self, w: int) -> np.ndarray:
-        """The visits of a window as rows (shard, place among the shard's eligible rows, copy), shuffled."""
+        """The visits of a window as rows (shard, row, copy), shuffled; int32, a window may have millions."""
         parts = []
         for segment in self.windows[w]:
             copies = self._copies(segment)
-            place = np.repeat(np.arange(segment.start, segment.stop), copies)
+            own = self.order.rows(segment.shard).rows[segment.start : segment.stop]
+            row = np.repeat(own, copies)
             first = np.repeat(np.cumsum(copies) - copies, copies)
-            parts.append(np.stack([np.full(len(place), segment.shard), place, np.arange(len(place)) - first], axis=1))
+            part = [np.full(len(row), segment.shard), row, np.arange(len(row)) - first]
+            parts.append(np.stack(part, axis=1).astype(np.int32))
         visits = np.concatenate(parts)
         return visits[stream(self.order.seed, "window", self.epoch, self.number, w).permutation(len(visits))]
 

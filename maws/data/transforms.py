@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from maws.config import IMAGENET_MEAN, IMAGENET_STD
+from maws.data.photo import Box, is_photo, resized
 from maws.models import vit
 
 SIMPLE_PADDING = 4  # pixels (recipes §4.2)
@@ -59,15 +60,33 @@ class Cut(NamedTuple):
 
     image: Image.Image
     box: tuple[float, float, float, float]
+    mirror: bool = False  # the part is still to be mirrored
 
     def mirrored(self) -> "Cut":
+        if is_photo(self.image):
+            return self._replace(mirror=not self.mirror)  # when it is small
         left, top, right, bottom = self.box
         width = self.image.width
         return Cut(self.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), (width - right, top, width - left, bottom))
 
     def at(self, size: int, resampling: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
         """Resized to size x size. Shrinking more than six times takes a first step by whole pixels, for speed."""
-        return self.image.resize((size, size), resampling, box=self.box, reducing_gap=3.0)
+        if (quick := self._quick(size, resampling)) is not None:
+            return Image.fromarray(quick.permute(1, 2, 0).numpy())
+        image = self.image.resize((size, size), resampling, box=self.box, reducing_gap=3.0)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirror else image
+
+    def tensor(self, size: int) -> Tensor:
+        """The same as uint8 3 size size."""
+        quick = self._quick(size)
+        return to_tensor(self.at(size)) if quick is None else quick
+
+    def _quick(self, size: int, resampling: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor | None:
+        """The region of a photograph, where its edges are whole pixels."""
+        box = tuple(map(int, self.box))
+        if resampling == Image.Resampling.BICUBIC and is_photo(self.image) and box == self.box:
+            return resized(self.image, cast(Box, box), size, self.mirror)
+        return None
 
 
 def resized_crop(image: Image.Image, scale: tuple[float, float], rng: np.random.Generator) -> Cut:

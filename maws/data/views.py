@@ -62,7 +62,7 @@ class View:
     def __call__(self, image: Image.Image, size: int, rng: np.random.Generator) -> Tensor:
         """An RGB picture of any size as this view shows it: uint8 3 size size."""
         cut = self.cut(image, size, rng)
-        return show(cut.at(size), self.changes(size, rng))
+        return view(cut, size, self.changes(size, rng))
 
     def with_second(
         self, image: Image.Image, size: int, second_size: int, rng: np.random.Generator
@@ -73,7 +73,7 @@ class View:
         cut = self.cut(image, size, rng)
         changes = self.changes(size, rng)
         second = cut.at(second_size, Image.Resampling.LANCZOS)
-        return show(cut.at(size), changes), show(second, changes)
+        return view(cut, size, changes), show(second, changes)
 
     def cut(self, image: Image.Image, size: int, rng: np.random.Generator) -> Cut:
         """The region that is shown, mirrored or not."""
@@ -108,6 +108,11 @@ def view_of(cfg: DataConfig) -> View:
         return View(cfg.crop, cfg.crop_scale, cfg.flip, cfg.jitter, cfg.jitter_probability, cfg.three_augment)
     except ConfigError as e:
         raise ConfigError(f"data.{e}") from None
+
+
+def view(cut: Cut, size: int, changes: list[Change]) -> Tensor:
+    """A part of a picture with its colours changed, as uint8 3 size size."""
+    return show(cut.at(size), changes) if changes else cut.tensor(size)
 
 
 def show(image: Image.Image, changes: list[Change]) -> Tensor:

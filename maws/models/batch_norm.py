@@ -55,7 +55,7 @@ class BatchNorm1d(nn.Module):
         Two passes, since E[x^2] - E[x]^2 cancels where the mean is large; the second message is another C numbers.
         """
         rows = dist.sum_with_grad(torch.tensor([float(len(x))], device=x.device, dtype=x.dtype))
-        if float(rows) < 2:
+        if len(x) * dist.world_size() < 2:  # not `rows`, which would wait for the device
             raise ValueError("batch norm in training needs more than one row; raise optim.batch_size")
         mean = dist.sum_with_grad(x.sum(0)) / rows
         var = dist.sum_with_grad((x - mean).square().sum(0)) / rows

@@ -10,6 +10,7 @@ Letters: N patches, K visible patches, T tokens, D width, E decoder width, p pat
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from maws.models.mae import DecoderShape
 from maws.models.text import TextShape
@@ -40,6 +41,11 @@ class Cost:
         """
         return (4 if checkpointed else 3) * self.trained + self.frozen
 
+    @property
+    def training_flops(self) -> int:
+        """FLOP of one sample in training, a multiply-add counted as two, as in devices' peak FLOP/s."""
+        return 2 * self.training()
+
 
 def patches(shape: Shape, side: int) -> int:
     """N of a square image of `side` pixels."""
@@ -61,33 +67,47 @@ def trunk(shape: Shape, side: int) -> int:
     return encoder(shape, side, ratio=0.0)
 
 
-def encoder(shape: Shape, side: int, ratio: float, skip: bool = False) -> int:
-    """MAE's encoder. The papers' code embeds all patches and drops the masked ones; `skip`: they are never embedded."""
-    keep, n = visible(shape, side, ratio), patches(shape, side)
-    embedded = keep if skip else n
-    return embedded * 3 * shape.patch**2 * shape.width + blocks(keep + shape.class_tokens, shape.width, shape.depth)
+def encoder(
+    shape: Shape, side: int, ratio: float, skip: bool = False, keep: int | None = None, mask_tokens: bool = False
+) -> int:
+    """MAE's encoder. The papers' code embeds all patches and drops the masked ones; `skip`: they are never embedded.
+
+    `keep` visible patches where it is given, instead of what a plain ratio leaves; with `mask_tokens` the blocks see
+    all patches.
+    """
+    n = patches(shape, side)
+    keep = visible(shape, side, ratio) if keep is None else keep
+    embedded, seen = keep if skip else n, n if mask_tokens else keep
+    return embedded * 3 * shape.patch**2 * shape.width + blocks(seen + shape.class_tokens, shape.width, shape.depth)
 
 
-def decoder(shape: Shape, decoder: DecoderShape, side: int, ratio: float, skip: bool = False) -> int:
+def decoder(
+    shape: Shape, decoder: DecoderShape, side: int, ratio: float, skip: bool = False, keep: int | None = None,
+    mask_tokens: bool = False, outputs: int = 0,
+) -> int:  # fmt: skip
     """MAE's decoder, of any size. The papers' code predicts all patches; `skip`: only masked ones.
 
     A reduced decoder (long-sequence MAE, recipes §3.3) has a quarter of the patches, each of which predicts 2p x 2p
-    pixels, masked or not, or is turned back into four patches when it restores the grid.
+    pixels, masked or not, or is turned back into four patches when it restores the grid. `outputs` values are predicted
+    of a patch; 0: its pixels.
     """
-    n, keep, e, c = patches(shape, side), visible(shape, side, ratio), decoder.width, shape.class_tokens
+    n, e, c = patches(shape, side), decoder.width, shape.class_tokens
+    keep = visible(shape, side, ratio) if keep is None else keep
     reduced, coarse = decoder.reduction != "none", decoder.reduction != "none" and not decoder.restore
     resized = n * e**2 * ((decoder.reduction == "conv") + decoder.restore)  # 2 x 2 kernels, N/4 times each
-    predicted = n if coarse else n - keep if skip else n + c  # in patches of p x p
-    embed = (keep + c) * shape.width * e
+    predicted = n // 4 if coarse else n - keep if skip else n + c
+    embed = ((n if mask_tokens else keep) + c) * shape.width * e
     inside = blocks((n // 4 if reduced else n) + c, e, decoder.depth)
-    return embed + resized + inside + predicted * e * 3 * shape.patch**2
+    return embed + resized + inside + predicted * e * (outputs or 3 * shape.patch**2 * (4 if coarse else 1))
 
 
 def masked_autoencoder(
-    shape: Shape, side: int, decoder_shape: DecoderShape, ratio: float = 0.75, skip: bool = False
-) -> Cost:
+    shape: Shape, side: int, decoder_shape: DecoderShape, ratio: float = 0.75, skip: bool = False,
+    keep: int | None = None, mask_tokens: bool = False, outputs: int = 0,
+) -> Cost:  # fmt: skip
     """One MAE sample: encoder on the visible patches, decoder on all."""
-    return Cost(encoder(shape, side, ratio, skip) + decoder(shape, decoder_shape, side, ratio, skip))
+    seen = encoder(shape, side, ratio, skip, keep, mask_tokens)
+    return Cost(seen + decoder(shape, decoder_shape, side, ratio, skip, keep, mask_tokens, outputs))
 
 
 def weakly_supervised(shape: Shape, side: int, synsets: int = SYNSETS, head: str = "mlp") -> Cost:
@@ -99,15 +119,25 @@ def wsp_head(width: int, synsets: int = SYNSETS, head: str = "mlp") -> int:
     return width * synsets + (width**2 if head == "mlp" else 0)
 
 
-def locked_image_text(shape: Shape, side: int, text: TextShape, joint_width: int, batch: int = 0) -> Cost:
-    """One LiT pair: the locked image tower runs forward only, the text tower and both projections are trained.
+def locked_image_text(
+    shape: Shape, side: int, text: TextShape, joint_width: int, batch: int = 0, lock: str = "image"
+) -> Cost:
+    """One LiT pair: the locked tower runs forward only, the other one and both projections are trained.
 
-    Each image meets each caption of the global `batch`; cached image features leave out the frozen part.
+    Each image meets each caption of the global `batch`, and each caption each image; cached image features leave out
+    the frozen part.
     """
     tokens = text.context + 2  # <s> and </s>; captions are padded to this length
+    towers = {"image": trunk(shape, side), "text": blocks(tokens, text.width, text.depth)}
+    frozen = towers.pop(lock, 0)
     projections = (shape.width + text.width) * joint_width
-    trained = blocks(tokens, text.width, text.depth) + projections + batch * joint_width
-    return Cost(trained, frozen=trunk(shape, side))
+    return Cost(sum(towers.values()) + projections + 2 * batch * joint_width, frozen)
+
+
+def head(width: int, hidden: int = HEAD_WIDTH, depth: int = 2) -> int:
+    """One row through a projector or predictor of LC-MAE: width -> hidden -> … -> width."""
+    sizes = [width, *[hidden] * (depth - 1), width] if depth else [width]
+    return sum(a * b for a, b in pairwise(sizes))
 
 
 def guided_autoencoder(
@@ -127,6 +157,7 @@ def guided_autoencoder(
     return sum([online + target] * views, start=reconstruction)
 
 
-def simmim(shape: Shape, side: int) -> Cost:
-    """One SimMIM sample: mask tokens take the place of patches, all of which pass the trunk and one 1x1 convolution."""
-    return Cost(trunk(shape, side) + patches(shape, side) * shape.width * 3 * shape.patch**2)
+def simmim(shape: Shape, side: int, keep: int = 0) -> Cost:
+    """One SimMIM sample: mask tokens take the place of patches, all of which pass the trunk; one 1x1 convolution
+    predicts all but `keep`."""
+    return Cost(trunk(shape, side) + (patches(shape, side) - keep) * shape.width * 3 * shape.patch**2)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 GIB = 2**30
 
 PER_PARAMETER = 16  # bf16: weights 2, gradients 2, fp32 master and two moments 12; fp32: 4 + 4 + 8
-PER_TARGET_PARAMETER = 4  # of a momentum target, kept in fp32
+PER_TARGET_PARAMETER = 6  # of a momentum target: its mean in fp32, and in bf16 the weights that forward reads
 PER_UNIT = 32  # what a pre-norm block keeps in bf16 with SDPA, per token and width unit; 32.04 measured
 
 

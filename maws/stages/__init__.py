@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from data_pipeline.shardset import ShardSet
 from maws.config import ConfigError, ModelConfig, TrainConfig, nearest
@@ -14,6 +15,7 @@ from maws.data.loader import StepDataset
 from maws.data.order import Part
 from maws.handover import Handover, load_backbone
 from maws.models.attention import recomputed
+from maws.models.flops import Cost
 from maws.models.init import Gather
 from maws.models.vit import POOLS, POSITIONS, VARIANTS, Options, Shape, VisionTransformer
 from maws.optim import Rules
@@ -29,7 +31,11 @@ class ReleaseParts(NamedTuple):
 
 
 class Stage(Protocol):
-    """The functions of a stage file (style: a stage is one file)."""
+    """The functions of a stage file (style: a stage is one file).
+
+    One may also have `probe(objective, cfg, shards, run, part)`: what tells now and then, while training goes on, how
+    good the features are (maws/probe.py); None when `probe.every` is 0.
+    """
 
     Config: type[TrainConfig]
     PRESETS: dict[str, TrainConfig]
@@ -50,6 +56,14 @@ class Stage(Protocol):
     def param_rules(self, cfg: Any) -> Rules: ...
 
     def release(self, objective: Any, cfg: Any, shards: ShardSet, run: Path) -> ReleaseParts: ...
+
+    def cost(self, cfg: Any) -> Cost:
+        """Multiply-adds of one sample."""
+        ...
+
+    def example(self, cfg: Any, size: int) -> dict[str, Tensor]:
+        """The tensors of a batch as shapes: on the meta device, without values."""
+        ...
 
 
 def names() -> list[str]:
@@ -114,6 +128,17 @@ def backbone(model: ModelConfig) -> VisionTransformer:
 def hand_over(tower: VisionTransformer, cfg: TrainConfig, gather: Gather) -> Handover | None:
     """Give a stage's tower the weights of `init_from`; None without one. Raises as `load_backbone` does."""
     return load_backbone(tower, open_release(cfg.init_from), gather, cfg.handover) if cfg.init_from else None
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A tensor that is only a shape, for a stage's `example`."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def meta_images(model: ModelConfig, size: int, side: int = 0) -> Tensor:
+    """Pictures that are only a shape: `size` of them, uint8, of the run's side or of `side` pixels."""
+    side = side or image_side(model)
+    return meta(size, 3, side, side, dtype=torch.uint8)
 
 
 def image_side(model: ModelConfig) -> int:

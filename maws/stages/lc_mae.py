@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data_pipeline.shardset import ShardSet
 from maws.config import (
@@ -35,6 +36,7 @@ from maws.data.masks import Masking
 from maws.data.order import Part
 from maws.data.views import DISTORTED, View, view_of
 from maws.handover import Handover
+from maws.models import flops
 from maws.models.guided import GuidedAutoencoder, GuidedSimMIM
 from maws.models.heads import NORMS
 from maws.models.init import Gather
@@ -48,9 +50,22 @@ from maws.objectives.momentum_guidance import (
     reconstruct_pixels,
 )
 from maws.objectives.targets import Pixels
-from maws.optim import NO_DECAY, Rules
+from maws.optim import EMBEDDINGS, NO_DECAY, Rules, layer_wise
+from maws.probe import Knn, knn
 from maws.release import describe
-from maws.stages import ReleaseParts, grid_of, hand_over, image_side, mae, options_of, shape_of, simmim
+from maws.stages import (
+    ReleaseParts,
+    grid_of,
+    hand_over,
+    image_side,
+    mae,
+    meta,
+    meta_images,
+    options_of,
+    patch_count,
+    shape_of,
+    simmim,
+)
 
 MODELS = ("mae", "simmim")
 
@@ -131,8 +146,16 @@ def dataset(cfg: Config, shards: ShardSet, run: Path, part: Part) -> StepDataset
 
 
 def param_rules(cfg: Config) -> Rules:
-    own = simmim.rules(cfg.model) if cfg.mim == "simmim" else mae.param_rules(cfg)  # type: ignore[arg-type]
-    return [(r"target\..*", None), (rf".*(projector|predictor)\.\w+\.{NORMS}", NO_DECAY), *own]
+    """`optim.layer_decay` is the online encoder's; the target follows it."""
+    masked = cfg.mim == "simmim"
+    own = simmim.rules(cfg.model) if masked else mae.rules(cfg.model)
+    rules = [(r"target\..*", None), (rf".*(projector|predictor)\.\w+\.{NORMS}", NO_DECAY), *own]
+    tokens = (*EMBEDDINGS, "mask_token") if masked else EMBEDDINGS
+    return layer_wise(rules, "online.encoder.", shape_of(cfg.model).depth, cfg.optim.layer_decay, tokens)
+
+
+def probe(objective: MomentumGuidance, cfg: Config, shards: ShardSet, run: Path, part: Part) -> Knn | None:
+    return knn(objective.online.encoder, cfg, shards, part)
 
 
 def release(objective: MomentumGuidance, cfg: Config, shards: ShardSet, run: Path) -> ReleaseParts:
@@ -145,6 +168,42 @@ def release(objective: MomentumGuidance, cfg: Config, shards: ShardSet, run: Pat
         }
     own = "online.encoder."
     return ReleaseParts(lambda name: name.removeprefix(own) if name.startswith(own) else "", config, {})
+
+
+def cost(cfg: Config) -> flops.Cost:
+    """Each view through the online branch and through the target's; the first one's masked patches are predicted."""
+    shape, side, g, keep = shape_of(cfg.model), image_side(cfg.model), cfg.guidance, cfg.mask.keep(grid_of(cfg.model))
+    views = 2 if g.symmetric and g.loss != "none" else 1
+    decodes_all = cfg.mim == "mae" and g.guided == "all" and g.loss != "none"  # the guided tokens are the decoder's
+    if cfg.mim == "simmim":
+        encode, decode = flops.trunk(shape, side), 0
+        predict = flops.simmim(shape, side, keep).trained - encode
+    else:
+        encode = flops.encoder(shape, side, 0, skip=True, keep=keep)
+        predicted = patch_count(cfg.model) - (0 if cfg.decoder.reduction != "none" else keep)
+        predict = predicted * cfg.decoder.width * 3 * shape.patch**2
+        decode = flops.decoder(shape, cfg.decoder, side, 0, skip=True, keep=keep) - predict
+    online = views * encode + (views if decodes_all else 1) * decode + predict
+    if g.loss == "none":
+        return flops.Cost(online)
+    width = cfg.decoder.width if decodes_all else shape.width
+    guided = patch_count(cfg.model) if g.guided == "all" else keep
+    rows = (g.level in ("global", "both")) + guided * (g.level in ("tokens", "both"))
+    projector, predictor = (
+        flops.head(width, g.hidden, g.projector_depth),
+        flops.head(width, g.hidden, g.predictor_depth),
+    )
+    seen = g.target_patches(patch_count(cfg.model))
+    target = flops.encoder(shape, side, 0, skip=True, keep=seen)
+    if decodes_all:
+        target += flops.decoder(shape, cfg.decoder, side, 0, skip=True, keep=seen, outputs=1)
+        target -= (patch_count(cfg.model) - seen) * cfg.decoder.width  # nothing is predicted
+    return flops.Cost(online + views * rows * (projector + predictor), views * (target + rows * projector))
+
+
+def example(cfg: Config, size: int) -> dict[str, Tensor]:
+    batch = {"image": meta_images(cfg.model, size), "ids_shuffle": meta(size, patch_count(cfg.model))}
+    return batch | ({"image_other": meta_images(cfg.model, size)} if cfg.guidance.loss != "none" else {})
 
 
 def _paper(variant: str, epochs: int, alpha: float) -> Config:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from data_pipeline.shardset import ShardSet
 from maws import dist
 from maws.config import (
@@ -30,13 +32,15 @@ from maws.data.loader import LoadImage, Sample, StepDataset, make_order
 from maws.data.order import Item, Part
 from maws.data.tokenizer import PretrainedTokenizer, Tokenizer, clean_caption, load_tokenizer, train_tokenizer
 from maws.handover import Handover
+from maws.models import flops
 from maws.models.init import Gather
 from maws.models.text import TEXT_VARIANTS, TextShape, TextTower, load_pretrained
 from maws.models.two_tower import TwoTower
 from maws.objectives.contrastive import Contrastive
-from maws.optim import BASE, NO_DECAY, Rules, Treatment
+from maws.optim import BASE, NO_DECAY, Rules, Treatment, layer_wise
+from maws.probe import ZeroShot, zero_shot
 from maws.release import describe
-from maws.stages import ReleaseParts, backbone, hand_over, image_side
+from maws.stages import ReleaseParts, backbone, hand_over, image_side, meta, meta_images, shape_of
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +69,11 @@ def prepare(cfg: Config, shards: ShardSet, run: Path) -> Config:
         )
     if cfg.lock not in ("image", "text", "none"):
         raise ConfigError(f"lock={cfg.lock} is not known; use image, text or none")
+    if cfg.lock == "image" and cfg.optim.layer_decay != 1:
+        raise ConfigError(
+            f"optim.layer_decay={cfg.optim.layer_decay} is for the image tower, which lock=image does not train; "
+            f"set lock=none or lock=text, or leave layer_decay at 1"
+        )
     if cfg.text.variant not in TEXT_VARIANTS:
         raise ConfigError(
             f"text.variant={cfg.text.variant} is not known; {nearest(cfg.text.variant, list(TEXT_VARIANTS))}"
@@ -107,18 +116,36 @@ class LoadPair:
 
 
 def param_rules(cfg: Config) -> Rules:
-    return [
+    """`optim.layer_decay` is the image tower's, where that is trained; the text tower has `text.lr_scale`."""
+    rules = [
         *([(rf"towers\.{cfg.lock}\..*", None)] if cfg.lock != "none" else []),
         (r"towers\.text\..*(bias|LayerNorm\.weight)", Treatment(decay=0.0, lr=cfg.text.lr_scale)),
         (r"towers\.text\..*", Treatment(lr=cfg.text.lr_scale)),
         (r".*(bias|norm\d?\.weight|cls_token|pos_embed|logit_scale)", NO_DECAY),
         (r".*", BASE),
     ]
+    return layer_wise(rules, "towers.image.", shape_of(cfg.model).depth, cfg.optim.layer_decay)
+
+
+def probe(objective: Contrastive, cfg: Config, shards: ShardSet, run: Path, part: Part) -> ZeroShot | None:
+    return zero_shot(objective.towers, _tokenizer(cfg, shards, run), cfg, shards, part)
 
 
 def release(objective: Contrastive, cfg: Config, shards: ShardSet, run: Path) -> ReleaseParts:
     config = {"text": describe(_text_shape(cfg)), "joint_width": cfg.joint_width}
     return ReleaseParts(lambda name: name.removeprefix("towers."), config, {"tokenizer": run / "tokenizer"})
+
+
+def cost(cfg: Config) -> flops.Cost:
+    """Also of the products with every caption and every image of the batch."""
+    shape, side, text = shape_of(cfg.model), image_side(cfg.model), _text_shape(cfg)
+    return flops.locked_image_text(shape, side, text, cfg.joint_width, cfg.optim.batch_size, cfg.lock)
+
+
+def example(cfg: Config, size: int) -> dict[str, Tensor]:
+    tokens = _text_shape(cfg).context + 2  # <s> and </s>
+    image = meta_images(cfg.model, size)
+    return {"image": image, "token_ids": meta(size, tokens), "token_mask": meta(size, tokens)}
 
 
 def _text_shape(cfg: Config) -> TextShape:

@@ -14,6 +14,8 @@ They hold the papers' numbers; this project has trained only `demo` and `debug`.
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from data_pipeline.shardset import ShardSet
 from maws.config import (
     CheckpointConfig,
@@ -29,12 +31,24 @@ from maws.data.loader import LoadImage, LoadMasked, StepDataset, make_order
 from maws.data.masks import Masking
 from maws.data.order import Part
 from maws.handover import Handover
+from maws.models import flops
 from maws.models.init import Gather
 from maws.models.simmim import SimMIM
 from maws.objectives.simmim import MaskedPixelsL1
-from maws.optim import BASE, NO_DECAY, Rules
+from maws.optim import BASE, EMBEDDINGS, NO_DECAY, Rules, layer_wise
+from maws.probe import Knn, knn
 from maws.release import describe
-from maws.stages import ReleaseParts, grid_of, hand_over, image_side, options_of, shape_of
+from maws.stages import (
+    ReleaseParts,
+    grid_of,
+    hand_over,
+    image_side,
+    meta,
+    meta_images,
+    options_of,
+    patch_count,
+    shape_of,
+)
 
 UNITS = Masking(kind="unit", ratio=0.6, unit=2, whole_units=True)  # 32 pixels of ViT-B's 16
 
@@ -66,7 +80,9 @@ def dataset(cfg: Config, shards: ShardSet, run: Path, part: Part) -> StepDataset
 
 
 def param_rules(cfg: Config) -> Rules:
-    return rules(cfg.model)
+    """The mask token is an embedding here: the encoder sees it."""
+    tokens = (*EMBEDDINGS, "mask_token")
+    return layer_wise(rules(cfg.model), "model.", shape_of(cfg.model).depth, cfg.optim.layer_decay, tokens)
 
 
 def rules(model: ModelConfig) -> Rules:
@@ -75,8 +91,20 @@ def rules(model: ModelConfig) -> Rules:
     return [*frozen, (r".*(bias|norm\d?\.weight|cls_token|pos_embed)", NO_DECAY), (r".*", BASE)]
 
 
+def probe(objective: MaskedPixelsL1, cfg: Config, shards: ShardSet, run: Path, part: Part) -> Knn | None:
+    return knn(objective.model, cfg, shards, part)
+
+
 def release(objective: MaskedPixelsL1, cfg: Config, shards: ShardSet, run: Path) -> ReleaseParts:
     return ReleaseParts(lambda name: name.removeprefix("model."), {"mask": describe(cfg.mask)}, {})
+
+
+def cost(cfg: Config) -> flops.Cost:
+    return flops.simmim(shape_of(cfg.model), image_side(cfg.model), cfg.mask.keep(grid_of(cfg.model)))
+
+
+def example(cfg: Config, size: int) -> dict[str, Tensor]:
+    return {"image": meta_images(cfg.model, size), "ids_shuffle": meta(size, patch_count(cfg.model))}
 
 
 PRESETS = {

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data_pipeline.shardset import ShardSet
 from maws.config import (
@@ -31,12 +32,14 @@ from maws.data.loader import LoadImage, Sample, StepDataset, make_order
 from maws.data.masks import random_mask, visible_patches
 from maws.data.order import Item, Order, Part
 from maws.handover import Handover
+from maws.models import flops
 from maws.models.init import Gather
 from maws.objectives.chunked_softmax import LOSSES
 from maws.objectives.multi_label import HEADS, MultiLabel
-from maws.optim import BASE, NO_DECAY, Rules
+from maws.optim import BASE, NO_DECAY, Rules, layer_wise
+from maws.probe import Knn, knn
 from maws.seeding import derive
-from maws.stages import ReleaseParts, backbone, hand_over, image_side, patch_count
+from maws.stages import ReleaseParts, backbone, hand_over, image_side, meta, meta_images, patch_count, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,16 +133,37 @@ class Mix:
 
 
 def param_rules(cfg: Config) -> Rules:
-    return [
+    rules = [
         (r".*(bias|norm\d?\.weight)", NO_DECAY),  # recipes §6.3
         (r".*", BASE),  # positions too: they are learned (recipes §7)
     ]
+    return layer_wise(rules, "backbone.", shape_of(cfg.model).depth, cfg.optim.layer_decay)
+
+
+def probe(objective: MultiLabel, cfg: Config, shards: ShardSet, run: Path, part: Part) -> Knn | None:
+    return knn(objective.backbone, cfg, shards, part)
 
 
 def release(objective: MultiLabel, cfg: Config, shards: ShardSet, run: Path) -> ReleaseParts:
     config = {"classes": cfg.synsets, "head": cfg.head, "loss": cfg.loss}
     vocabulary = {"vocabulary.parquet": shards.path / "vocabulary.parquet"}
     return ReleaseParts(lambda name: name.removeprefix("backbone."), config, vocabulary)
+
+
+def cost(cfg: Config) -> flops.Cost:
+    shape, side = shape_of(cfg.model), image_side(cfg.model)
+    keep = visible_patches(patch_count(cfg.model), cfg.mask_ratio)
+    seen = flops.encoder(shape, side, cfg.mask_ratio, skip=True, keep=keep)
+    return flops.Cost(seen + flops.wsp_head(shape.width, cfg.synsets or flops.SYNSETS, cfg.head))
+
+
+def example(cfg: Config, size: int) -> dict[str, Tensor]:
+    batch = {"image": meta_images(cfg.model, size), "synset_ids": meta(size, 8)}  # 8: ours; it hardly matters
+    if cfg.mixup:
+        batch |= {"mix_with": meta(size), "mix_weight": meta(size, dtype=torch.float32)}
+    if cfg.mask_ratio:
+        batch["ids_keep"] = meta(size, visible_patches(patch_count(cfg.model), cfg.mask_ratio))
+    return batch
 
 
 def paper(variant: str, checkpoint_blocks: str = "none", mixup: float = 0.1, **data: Any) -> Config:

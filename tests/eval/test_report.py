@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from data_pipeline.errors import DataError
-from eval import report, report_runs, report_scores
+from eval import report, report_runs, report_scores, report_training
 from eval.report_scores import (
     DRAWS,
     IMAGES,
@@ -274,6 +274,76 @@ def test_a_damaged_config_costs_its_run_not_the_page(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "demo")
     (tmp_path / "demo" / "wsp" / "config.json").write_text("{")
     assert "wsp: its config.json cannot be read" in report.render(tmp_path / "demo")
+
+
+# ------------------------------------------------------------------------------------------------- how training went
+
+
+@pytest.fixture
+def eventful(tmp_path):
+    """A run of 200 steps that was set back once, started twice, and lost two samples."""
+    run = synthetic.write_run(tmp_path, "mae", ["mae"])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    with (run / "metrics.jsonl").open("w") as file:
+        for number, line in enumerate(lines):
+            speed = 20.0 if number == 0 else 100.0 + number  # the first line warms up
+            more = {
+                "time": 1000.0 + 5 * number, "train/step_ms": 400.0, "train/images_per_second": speed,
+                "train/grad_norm": 0.5 if number else 8.0, "data/wait_share": 0.02, "memory/process_gib": 1.0 + number,
+            }  # fmt: skip
+            file.write(json.dumps({**line, **more}) + "\n")
+        file.write(json.dumps({"step": 200, "probe/knn_top1": 0.25, "probe/knn_chance": 0.03125}) + "\n{half")
+    events = [
+        {"event": "start", "step": 0, "time": 1000.0, "reached": 0},
+        {"event": "rewind", "step": 85, "to": 80, "time": 1040.0, "why": "loss is nan"},
+        {"event": "start", "step": 100, "time": 1060.0, "reached": 110},
+        {"event": "done", "step": 200, "time": 1100.0},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events) + '{"event": "sto')
+    (run / "quarantine.jsonl").write_text(
+        '{"step": 1, "key": "a"}\n{"step": 2, "key": "b"}\n{"step": 2, "key": "b"}\n{"'
+    )
+    return run
+
+
+def test_how_a_training_went_is_what_its_files_say(eventful):
+    (run,) = report_runs.read_folder(eventful).runs
+    found = report_training.course(run)
+    assert found.goodput == pytest.approx(199 * 0.4 / 100)  # step 85 is left out; 100 seconds from start to done
+    assert (found.restarts, found.rewinds, found.lost_steps) == (1, 1, 6 + 10)
+    assert found.bad_samples == 2
+    assert found.images_per_second == 110.0  # the median of 101 … 119
+    assert found.grad_norm == (0.5, 8.0) and found.data_wait == 0.02 and found.memory_gib == 20.0
+    assert found.probes == [("knn_top1", 0.25, 0.03125)] and found.mfu is None and found.marks == [85]
+
+
+def test_the_page_tells_how_training_went(eventful):
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", report.render(eventful)))
+    assert "How training went run images/s data wait memory goodput restarts set back steps lost bad samples" in text
+    assert "mae 110 2.0 % 20.0 GiB 79.6 % 1 1 16 2 0.5 up to 8 25.0 % knn top1, chance 3.1" in text
+    assert "MFU" not in text
+
+
+def test_an_older_run_that_wrote_down_less_has_dashes_and_no_error(tmp_path):
+    synthetic.write_run(tmp_path, "mae", ["mae"])
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", report.render(tmp_path)))
+    assert "bad samples gradient norm mae 150 – – – – – – 0 –" in text
+
+
+def test_events_that_cannot_be_read_cost_their_run_its_line_and_not_the_page(eventful):
+    (eventful / "events.jsonl").unlink()
+    (eventful / "events.jsonl").mkdir()
+    page = report.render(eventful)
+    assert "mae: how its training went could not be read" in page and "How training went" not in page
+
+
+def test_a_panel_has_a_curve_for_each_run_that_has_its_number(eventful, tmp_path):
+    synthetic.write_run(tmp_path, "wsp", ["wsp"])
+    courses = [report_training.course(run) for run in report_runs.read_folder(tmp_path).runs]
+    panels = report_training.panels(courses)
+    assert {title: len(curves) for title, curves in panels.items()} == {"images a second": 2, "gradient norm": 1}
+    assert panels["images a second"][0].marks == [85]
+    assert 10 not in panels["images a second"][0].steps  # the line that warms up
 
 
 # -------------------------------------------------------------------------------------------------------- command line

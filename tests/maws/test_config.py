@@ -1,7 +1,7 @@
 import pytest
 
-from maws import config, engine, optim, schedule, stages
-from maws.config import ConfigError, Duration, EngineConfig, OptimConfig
+from maws import config, ds_config, optim, schedule, stages
+from maws.config import ConfigError, Duration, OptimConfig
 from maws.models.vit import build_vit
 
 DEBUG = stages.preset("mae", "debug")
@@ -86,22 +86,10 @@ def test_a_parameter_no_rule_matches_is_an_error():
 )
 def test_batch_arithmetic(batch, micro, world, want):
     cfg = OptimConfig(batch_size=batch, micro_batch=micro, lr=1, length=Duration(1, "steps"))
-    assert engine.accumulation(cfg, world) == want
+    assert ds_config.accumulation(cfg, world) == want
 
 
 def test_a_batch_that_does_not_divide_says_which_would():
     cfg = OptimConfig(batch_size=60, micro_batch=8, lr=1, length=Duration(1, "steps"))
     with pytest.raises(ConfigError, match=r"must be a multiple of 16 \(2 ranks x optim.micro_batch=8\); try 64"):
-        engine.accumulation(cfg, 2)
-
-
-def test_ds_configs_hold_only_what_deepspeed_knows(tmp_path):
-    for path in engine.DS_CONFIGS.glob("*.json"):
-        assert engine.ds_config(EngineConfig(ds_config=path.stem), "cpu")["zero_optimization"]["stage"] == 3
-        assert f"`{path.name}`" in (engine.DS_CONFIGS / "README.md").read_text()
-    doubled = tmp_path / "mine.json"
-    doubled.write_text('{"gradient_clipping": 1.0, "zero_optimization": {"stage": 3}}')
-    with pytest.raises(ConfigError, match=r"sets gradient_clipping, which is ours: .* set optim\.clip"):
-        engine.ds_config(EngineConfig(ds_config=str(doubled)), "cpu")
-    with pytest.raises(ConfigError, match="did you mean zero3_cpu"):
-        engine.ds_config(EngineConfig(ds_config="zero3_cpuu"), "cpu")
+        ds_config.accumulation(cfg, 2)

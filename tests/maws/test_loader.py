@@ -1,4 +1,5 @@
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from data_pipeline.shardset import ShardSet
 from maws import stages
 from maws.config import ConfigError, DataConfig, override
 from maws.data import loader
-from maws.data.loader import LoadImage, StepDataset, batches
+from maws.data.feed import Feed
+from maws.data.loader import LoadImage, StepDataset
 from maws.data.order import Item, Order, Part
 from maws.data.transforms import Preprocess, crop_box
 from maws.quarantine import Quarantine
@@ -48,12 +50,6 @@ def test_wsp_sees_the_patches_that_mask_ratio_leaves(shards, tmp_path):
         dataset("wsp", shards, tmp_path, settings=["mask_ratio=0.99"])
 
 
-def test_worker_processes_change_nothing(shards, tmp_path):
-    data = dataset("mae", shards, tmp_path)
-    for alone, worked in zip(batches(data, 3, 7, 0), batches(data, 3, 7, 2), strict=True):
-        assert alone["keys"] == worked["keys"] and torch.equal(alone["image"], worked["image"])
-
-
 def test_a_broken_sample_is_replaced_by_the_next_of_its_stream_and_noted(shards):
     order = Order(shards, seed=0, batch_size=8, streams=4, resample=False)
     broken = order.item(1, 2, 0)
@@ -87,8 +83,49 @@ def test_too_many_bad_samples_end_the_run_and_each_is_listed_once(tmp_path):
     quarantine.add(2, bad[:1])
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 2
     resumed = Quarantine(tmp_path / "quarantine.jsonl", max_bad=0.02, samples=100)
-    with pytest.raises(DataError, match=r"3 of 100 samples could not be read, more than data.max_bad allows \(2\)"):
+    with pytest.raises(DataError, match=r"3 of 100 .* \(3 truncated\), more than data.max_bad allows \(2\)"):
         resumed.add(3, [{"key": "c", "shard": "00000", "reason": "truncated"}])
+
+
+def test_bad_samples_are_counted_by_reason_also_after_half_a_line_of_a_killed_writer(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    path.write_text('{"step": 1, "key": "a", "shard": "0", "reason": "truncated"}\n{"step": 2, "key": "b", "sh')
+    quarantine = Quarantine(path, max_bad=1.0, samples=100)
+    for key, reason in (("b", "truncated"), ("c", "undecodable"), ("d", "0.tar ends inside sample 3; run `…`")):
+        quarantine.add(3, [{"key": key, "shard": "0", "reason": reason}])
+    assert quarantine.report() == {
+        "data/bad_samples": 4, "data/bad_samples/truncated": 2, "data/bad_samples/undecodable": 1,
+        "data/bad_samples/unreadable": 1,
+    }  # fmt: skip
+    assert Quarantine(path, max_bad=1.0, samples=100).report() == quarantine.report()
+    assert Quarantine(tmp_path / "none.jsonl", max_bad=1.0, samples=100).report() == {}
+
+
+def test_damaged_pictures_on_disk_are_replaced_alike_whatever_the_number_of_workers(shards, tmp_path):
+    copy = tmp_path / "shards"
+    shutil.copytree(shards.path, copy)
+    places = {(0, 3): b"\0" * 40, (2, 5): b"\x89PNG\r\n\x1a\n" + b"\0" * 30}  # nothing at all, and no more than a start
+    for (shard, row), junk in places.items():
+        with (copy / "shards" / f"{shard:05}.tar").open("r+b") as tar:
+            tar.seek(shards.index(shard)["image_offset"][row].as_py())
+            tar.write(junk)
+    data = dataset("mae", ShardSet.open(copy), tmp_path)
+    steps = data.order.steps_per_epoch
+    found = {}
+    for workers in (0, 2):
+        feed = Feed(data, 0, steps, workers)
+        made = [feed.next()[0] for _ in range(steps)]
+        feed.close()
+        quarantine = Quarantine(tmp_path / f"{workers}.jsonl", max_bad=0.02, samples=120)
+        for step, batch in enumerate(made):
+            quarantine.add(step, batch["bad"])
+        found[workers] = made, (tmp_path / f"{workers}.jsonl").read_text()
+        keys = {shards.index(shard)["key"][row].as_py() for shard, row in places}
+        assert set(quarantine.reasons) == keys and quarantine.report()["data/bad_samples"] == 2
+        assert not any(keys & set(batch["keys"]) for batch in made) and all(len(b["keys"]) == 16 for b in made)
+    assert found[0][1] == found[2][1]
+    for alone, worked in zip(found[0][0], found[2][0], strict=True):
+        assert alone["keys"] == worked["keys"] and torch.equal(alone["image"], worked["image"])
 
 
 def test_crops_take_the_asked_share_of_the_area_and_stay_inside():
@@ -138,4 +175,4 @@ def test_pictures_are_read_from_bytes_of_any_kind_of_image(shards):
     image = LoadImage(DataConfig(), shards, 0, 32)(Order(shards, seed=0, batch_size=8).items(0)[0])["image"]
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
     with pytest.raises(BadImage):
-        loader.decode(io.BytesIO(b"not a picture").getvalue())
+        loader.read(io.BytesIO(b"not a picture").getvalue())

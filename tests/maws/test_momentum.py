@@ -72,7 +72,8 @@ def average(precision: str, threshold: int, folder: str, constant: float = 0.0, 
 
     from maws import dist, optim
     from maws.config import Duration, EngineConfig, OptimConfig
-    from maws.engine import DS_CONFIGS, Runtime
+    from maws.ds_config import DS_CONFIGS
+    from maws.engine import Runtime
 
     settings = json.loads((DS_CONFIGS / "zero3_cpu.json").read_text())
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = threshold

@@ -11,6 +11,7 @@ from training import BEFORE, CAPTIONS, ROOT, arguments, losses, metrics, run_eac
 
 from maws import checkpoint, stages
 from maws.checkpoint import CheckpointError
+from maws.export import export
 from maws.release import load_image_tower, load_masked_autoencoder, load_tokenizer, load_two_tower, open_release
 from maws.train import main
 
@@ -165,6 +166,16 @@ def test_what_a_run_refuses_and_when_it_stops(trained, shards_path, tmp_path):
     assert len(json.loads(written.read_text())["keys"]) == 16
 
 
+@pytest.mark.parametrize("stage", stages.names())
+def test_an_export_of_the_last_checkpoint_is_the_release(stage, trained, trained_on_two, tmp_path):
+    for run, folder in ((trained[stage], tmp_path / "one"), (trained_on_two[stage], tmp_path / "two")):
+        export(run, folder)
+        files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+        assert files == sorted(p.relative_to(run / "release") for p in (run / "release").rglob("*") if p.is_file())
+        for file in files:
+            assert (folder / file).read_bytes() == (run / "release" / file).read_bytes(), file
+
+
 @pytest.mark.slow  # test_readme.py uses it too
 def test_the_deepspeed_launcher_starts_two_ranks(shards_path, tmp_path, free_port):
     import subprocess
@@ -207,45 +218,3 @@ class TestRefusals:
         code = main(arguments("wsp", tmp_path / "r", shards_path, "--init-from", str(tmp_path / "no_run")))
         assert code == 1
         assert "no_run holds no trained model: looked for model.safetensors" in capsys.readouterr().err
-
-
-class TestDamage:
-    """A checkpoint that is not whole is named and passed over."""
-
-    @pytest.fixture
-    def run(self, tmp_path: Path) -> Path:
-        for step in (5, 10):
-            folder = tmp_path / "checkpoints" / f"step_{step:07}"
-            folder.mkdir(parents=True)
-            (folder / "rank_00000.safetensors").write_bytes(bytes(range(200)) * step)
-            entry = folder / "rank_00000.safetensors"
-            files = [{"name": entry.name, "bytes": entry.stat().st_size, "sha256": checkpoint.sha256(entry)}]
-            (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
-        (tmp_path / "checkpoints" / "tmp-step_0000015").mkdir()
-        return tmp_path
-
-    def test_the_newest_whole_one_is_taken(self, run):
-        assert checkpoint.find(run, "auto").name == "step_0000010"
-
-    def test_a_flipped_byte_is_named_and_the_older_one_is_taken(self, run, caplog):
-        path = run / "checkpoints" / "step_0000010" / "rank_00000.safetensors"
-        data = bytearray(path.read_bytes())
-        data[77] ^= 1
-        path.write_bytes(data)
-        assert checkpoint.find(run, "auto").name == "step_0000005"
-        assert f"{path} does not have the hash it was written with" in caplog.text
-        with pytest.raises(CheckpointError, match="does not have the hash"):
-            checkpoint.find(run, str(path.parent))
-
-    def test_a_truncated_file_is_named(self, run, caplog):
-        path = run / "checkpoints" / "step_0000010" / "rank_00000.safetensors"
-        path.write_bytes(path.read_bytes()[:-1])
-        assert checkpoint.find(run, "auto").name == "step_0000005"
-        assert "1999 bytes, 2000 were written" in caplog.text
-
-    def test_nothing_to_resume(self, tmp_path):
-        assert checkpoint.find(tmp_path, "auto") is None
-        with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
-            checkpoint.find(tmp_path, "latest")
-        with pytest.raises(CheckpointError, match="no checkpoint there"):
-            checkpoint.find(tmp_path, str(tmp_path / "step_9"))
