@@ -115,7 +115,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    ds_config: str = "auto"  # a file of ds_configs/ or a path; auto: zero3 on GPUs, zero3_cpu otherwise
+    ds_config: str = "auto"  # a file of ds_configs/ or a path; auto: by device and size
     precision: str = "auto"  # fp32 or bf16; auto: bf16 on GPUs, fp32 on CPUs (many have no bf16 units)
     compile: str = "none"  # torch.compile of the blocks' attention and MLP: none or blocks
 

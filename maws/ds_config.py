@@ -77,24 +77,24 @@ REMOVED = {  # in September 2026 (DeepSpeed's issue 8489)
 CUDA_ONLY = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 
-def chosen(name: str, device: str, width: int = 0) -> tuple[str, str]:
+def chosen(name: str, device: str, width: int = 0, ranks: int = 0) -> tuple[str, str]:
     """(the file's name, why it) for `engine.ds_config`; `width` is the image tower's, 0 where it is not known."""
     if name != "auto":
         return name, "as asked"
     if device != "cuda":
-        return "zero3_cpu", "auto: no GPU here"
+        return ("zero3_cpu_alone", "auto: no GPU, one rank") if ranks == 1 else ("zero3_cpu", "auto: no GPU here")
     for least, file in ((4096, "zero3_6.5b"), (2560, "zero3_2b")):
         if width >= least:
             return file, f"auto: GPUs, and a tower of width {width} (at least {least})"
     return "zero3", "auto: GPUs" + (f", and a tower of width {width} (less than 2560)" if width else "")
 
 
-def ds_config(cfg: EngineConfig, device: str, width: int = 0) -> dict[str, Any]:
+def ds_config(cfg: EngineConfig, device: str, width: int = 0, ranks: int = 0) -> dict[str, Any]:
     """The DeepSpeed file in force, values from the environment filled in.
 
     Raises ConfigError for an unknown file or key, a doubled setting, another ZeRO stage, and what cannot run here.
     """
-    name, _ = chosen(cfg.ds_config, device, width)
+    name, _ = chosen(cfg.ds_config, device, width, ranks)
     path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
     if not path.is_file():
         known = sorted(p.stem for p in DS_CONFIGS.glob("*.json"))

@@ -63,8 +63,8 @@ class Runtime:
             raise ConfigError(f"optim.ema={optim.ema} must be at least 0 (none) and less than 1; 0.9999 is usual")
         compiling.check(cfg.compile, kind)
         self.compile = cfg.compile
-        self.ds_config, self.ds_config_why = ds_config.chosen(cfg.ds_config, kind, width)
-        own = ds_config.ds_config(cfg, kind, width)
+        self.ds_config, self.ds_config_why = ds_config.chosen(cfg.ds_config, kind, width, self.world.size)
+        own = ds_config.ds_config(cfg, kind, width, self.world.size)
         self.micro, self.accumulate = ds_config.accumulation(optim, self.world.size)
         self.config = ds_config.merged(own, optim, self.precision, self.micro, self.accumulate)
         _understood(self.config, self.ds_config, self.world.size)

@@ -92,9 +92,11 @@ class Zero:
     hpz: int  # ranks that share a second copy of the weights; 1: there is none
 
     @classmethod
-    def of(cls, cfg: EngineConfig, cuda: bool, width: int, gpus_per_node: int = GPUS_PER_NODE) -> "Zero":
+    def of(
+        cls, cfg: EngineConfig, cuda: bool, width: int, gpus_per_node: int = GPUS_PER_NODE, ranks: int = 0
+    ) -> "Zero":
         """Of the file in force for an image tower of this width. Raises ConfigError when there is none of its name."""
-        return cls.named(chosen(cfg.ds_config, "cuda" if cuda else "cpu", width)[0], gpus_per_node)
+        return cls.named(chosen(cfg.ds_config, "cuda" if cuda else "cpu", width, ranks)[0], gpus_per_node)
 
     @classmethod
     def named(cls, name: str, gpus_per_node: int = GPUS_PER_NODE) -> "Zero":
@@ -194,7 +196,7 @@ class Subject:
         self, ranks: int, micro: int, gpus_per_node: int = GPUS_PER_NODE, footprint: Footprint | None = None
     ) -> Memory:
         """Bytes of one rank by kind, for `micro` samples at a time; rehearsed where no footprint is given."""
-        zero, e = Zero.of(self.cfg.engine, self.cuda, self.width, gpus_per_node), self.element
+        zero, e = Zero.of(self.cfg.engine, self.cuda, self.width, gpus_per_node, ranks), self.element
         n, still, followers = (_part(sizes, ranks) for sizes in (self.trained, self.frozen, self.followers))
         apart = e == 2 or zero.optimizer != "none"  # is there a master copy beside the weights?
         optimizer = {"gradients": e * n, "master": 4 * n * apart, "moments": 8 * n, "target": 4 * followers,

@@ -55,15 +55,17 @@ class RunLock:
     def _wait(self) -> str:
         self.run.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(self.run / "lock", os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-        until = time.monotonic() + LEAVING
+        until, told = time.monotonic() + LEAVING, False
         while not _locked(file):
             file.seek(0)
             holder = file.read(200).decode(errors="replace").strip() or "another process"
             if time.monotonic() > until:
                 file.close()
                 return holder
-            log.info("waiting for %s, which trains in %s, to leave", holder, self.run)
-            time.sleep(2)
+            if not told:
+                log.warning("waiting for %s, which trains in %s, to leave", holder, self.run)
+            told = True
+            time.sleep(0.5)
         file.truncate(0)
         file.seek(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}".encode())

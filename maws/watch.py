@@ -69,10 +69,13 @@ def frame(runs: Sequence[Followed], now: float | None = None) -> RenderableType:
 
 def panel(one: Followed, now: float | None = None) -> Panel:
     state = one.state(now)
-    title = Text(str(one.folder), style="bold")
+    model = ""
     if one.config:
-        model = one.config.get("model", {}).get("variant", "")
-        title.append(f"  {STAGE_NAMES.get(one.config.get('stage', ''), '?')} {model}", style="not bold")
+        variant = one.config.get("model", {}).get("variant", "")
+        model = f"  {STAGE_NAMES.get(one.config.get('stage', ''), '?')} {variant}"
+    name, room = str(one.folder), max(8, WIDTH - 6 - len(model))
+    title = Text(name if len(name) <= room else f"…{name[1 - room :]}", style="bold")  # a path's end tells runs apart
+    title.append(model, style="not bold")
     words = Text(state.words, style=COLOUR[state.mood])
     if state.mood == "running" and (left := one.last("run/seconds_left")):
         words.append(f", {ago(left)} left")

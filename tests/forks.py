@@ -212,7 +212,7 @@ def _become(request: dict[str, Any], standard: list[int]) -> NoReturn:
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
-        sys.path[:0] = request["path"]
+        sys.path[:0] = [*request["path"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         module, _, function = request["target"].partition(":")
         sys.argv = [module]
         code = getattr(importlib.import_module(module), function)(*request["arguments"]) or 0

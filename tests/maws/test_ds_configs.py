@@ -83,6 +83,9 @@ def test_buckets_of_large_towers_follow_the_width(name, variant):
 def test_auto_chooses_by_device_and_width_and_says_why(variant, device, want):
     name, why = ds_config.chosen("auto", device, VARIANTS[variant].width)
     assert name == want and why.startswith("auto: ")
+    assert (
+        ds_config.chosen("auto", "cpu", ranks=1)[0] == "zero3_cpu_alone" != ds_config.chosen("auto", "cpu", ranks=2)[0]
+    )
     assert ds_config.chosen("zero3_hpz", device, 5000) == ("zero3_hpz", "as asked")
 
 

@@ -172,7 +172,7 @@ def test_the_length_in_epochs_of_a_run_without_events_comes_from_its_epochs_so_f
 
 
 def test_a_frame_shows_what_was_logged(tmp_path):
-    folder = make_run(tmp_path / "a")
+    folder = make_run(tmp_path / ("long_" * 20 + "name"))
     append(folder / "events.jsonl", {"event": "save", "step": 20, "time": NOW},
            {"event": "rewind", "step": 33, "to": 20, "why": "loss is nan", "time": NOW},
            {"event": "start", "step": 20, "time": NOW, "of": 80, "ranks": 4, "launcher": "srun"})  # fmt: skip
@@ -182,7 +182,8 @@ def test_a_frame_shows_what_was_logged(tmp_path):
     append(folder / "metrics.jsonl", {"step": 40, "probe/knn_top1": 0.25, "probe/knn_chance": 0.031})
     text = shown([Followed(folder)])
     for said in (
-        "MAE nano", "step 40 of 80", "50 %", "1.0000", "1.00e-03", "321", "1.2%", "goodput 87.5%", "75 s left",
+        "long_name  MAE nano",
+        "step 40 of 80", "50 %", "1.0000", "1.00e-03", "321", "1.2%", "goodput 87.5%", "75 s left",
         "1.2 GiB", "4 ranks (srun)", "1 restart ·", "1 rewind ·", "2 bad samples", "checkpoint at step 20",
         "set back from step 33 to 20: loss is nan", "25.0% (chance 3.1%)",
         "1 worker restart · 1 failed save", "the newest save failed: the disk is full",
