@@ -13,7 +13,8 @@ from typing import Any, Self, TypeVar
 from data_pipeline.errors import UsageError
 
 STAGE_NAMES = {  # for people
-    "mae": "MAE", "lc_mae": "LC-MAE", "simmim": "SimMIM", "wsp": "WSP", "lit": "LiT", "finetune": "fine-tuned"
+    "mae": "MAE", "lc_mae": "LC-MAE", "simmim": "SimMIM", "wsp": "WSP", "lit": "LiT", "finetune": "fine-tuned",
+    "imported": "imported",
 }  # fmt: skip
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # recipes §0
 
@@ -88,6 +89,7 @@ class DataConfig:
     workers: int = 0  # loader processes per rank; 0 loads in the training process
     prefetch: int = 4  # batches that each worker makes ahead
     max_bad: float = 0.001  # share of samples that may turn out unreadable before the run fails
+    features: str = "images"  # or cache: features of a locked tower, written by `maws cache-features` (stage lit)
 
 
 @dataclass(frozen=True, kw_only=True)

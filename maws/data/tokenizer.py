@@ -3,10 +3,8 @@
 tok = load_tokenizer(folder); ids, mask = tok(["a red fox", "лиса"])        # B T, B T
 """
 
-import html
 import io
 import logging
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,22 +15,13 @@ from torch import Tensor
 
 from data_pipeline.errors import DataError
 from maws.config import ConfigError
+from maws.data.captions import clean_caption
 from maws.models.text import BOS, EOS, PAD, UNKNOWN
 
 log = logging.getLogger(__name__)
 
 MODEL_FILE = "sentencepiece.bpe.model"  # the name XLM-R's own folder uses
-MAX_CAPTION = 2000  # characters: longer captions are cut, not refused; the context is far shorter anyway
 COVERAGE = 0.9995  # share of the characters that are pieces of their own, as for XLM-R; the rest is unknown
-_URL = re.compile(r"(https?://|www\.)\S+", re.IGNORECASE)
-_MENTION = re.compile(r"(?<!\w)@\w+")
-
-
-def clean_caption(text: str) -> str:
-    """Unescape HTML, drop URLs and @mentions, keep a hashtag's word without its sign (recipes §5.2-10)."""
-    text = html.unescape(text[:MAX_CAPTION])
-    text = _MENTION.sub(" ", _URL.sub(" ", text))
-    return " ".join(text.replace("#", " ").split())
 
 
 class CaptionTokenizer:

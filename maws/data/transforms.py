@@ -25,12 +25,13 @@ class Preprocess:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     interpolation: str = "bicubic"
+    squash: bool = False  # both sides to `resize`, without keeping the aspect: MAWS's finetuned classifiers
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Resize the short side, cut the centre: uint8 3 H W."""
+        """Resize, cut the centre: uint8 3 H W."""
         target, (w, h) = self.resize or self.image_size, image.size
         scale = target / min(w, h)
-        size = max(target, round(w * scale)), max(target, round(h * scale))
+        size = (target, target) if self.squash else (max(target, round(w * scale)), max(target, round(h * scale)))
         if size != image.size:
             image = image.resize(size, Image.Resampling[self.interpolation.upper()])
         left, top = (size[0] - self.image_size) // 2, (size[1] - self.image_size) // 2

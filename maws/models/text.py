@@ -15,7 +15,7 @@ PAD, BOS, EOS, UNKNOWN = 1, 0, 2, 3  # fairseq's numbering, recipes §8.2
 
 @dataclass(frozen=True)
 class TextShape:
-    """Sizes of an XLM-R; `context` counts the pieces of a caption without the two special tokens."""
+    """Sizes of a text tower; `context` counts the pieces of a caption without the two special tokens."""
 
     width: int
     depth: int
@@ -23,6 +23,12 @@ class TextShape:
     vocabulary: int = 250_002
     context: int = 100
     dropout: float = 0.1
+    layout: str = "xlmr"  # or "bert": positions are counted from 0 instead of 2
+    mlp: int = 0  # width of the feed-forward layers; 0: 4 * width
+    positions: int = 514  # rows of the position table
+    types: int = 1  # token types; all tokens are of type 0
+    eps: float = 1e-5  # of every norm
+    pool: str = "first"  # what a caption is: its first token, or the "mean" of all that are not padding
 
 
 TEXT_VARIANTS: dict[str, TextShape] = {

@@ -4,6 +4,7 @@ Axes: B pairs, E joint width.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,22 @@ from maws.models.text import TextTower
 from maws.models.vit import VisionTransformer
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp; MAWS gives no bound
+
+
+class ClipShape(NamedTuple):
+    """A pair of towers by the names of their sizes, and the width they are projected to."""
+
+    image: str  # models.vit.VARIANTS
+    text: str  # models.text.TEXT_VARIANTS
+    joint_width: int
+
+
+CLIP_VARIANTS = {  # the released ones (recipes §8.1)
+    "vit_b16_xlmr_b": ClipShape("vit_b16", "xlmr_base", 768),
+    "vit_l16_xlmr_l": ClipShape("vit_l16", "xlmr_large", 1024),
+    "vit_h14_xlmr_l": ClipShape("vit_h14", "xlmr_large", 1024),
+    "vit_2b14_xlmr_l": ClipShape("vit_2b14", "xlmr_large", 2048),
+}
 
 
 class TwoTower(nn.Module):

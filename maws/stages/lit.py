@@ -10,7 +10,7 @@ SentencePiece tokenizer is trained from the captions. `vit_b16` has not been tra
 import dataclasses
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -28,9 +28,10 @@ from maws.config import (
     TrainConfig,
     nearest,
 )
+from maws.data.captions import CaptionCleaner, CaptionConfig
 from maws.data.loader import LoadImage, Sample, StepDataset, make_order
 from maws.data.order import Item, Part
-from maws.data.tokenizer import PretrainedTokenizer, Tokenizer, clean_caption, load_tokenizer, train_tokenizer
+from maws.data.tokenizer import PretrainedTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from maws.handover import Handover
 from maws.models import flops
 from maws.models.init import Gather
@@ -60,6 +61,9 @@ class Config(TrainConfig):
     text: TextConfig
     joint_width: int
     lock: str = "image"  # the tower that is not trained: image, text or none
+    loss: str = "clip"  # or siglip
+    chunk: int = 0  # captions scored at once against this rank's images; 0: chosen
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
 
 
 def prepare(cfg: Config, shards: ShardSet, run: Path) -> Config:
@@ -98,7 +102,7 @@ def initialise(objective: Contrastive, cfg: Config, gather: Gather) -> Handover 
 def dataset(cfg: Config, shards: ShardSet, run: Path, part: Part) -> StepDataset:
     order = make_order(cfg.data, shards, cfg.seed, cfg.optim.batch_size)
     image = LoadImage(cfg.data, shards, cfg.seed, image_side(cfg.model))
-    return StepDataset(order, part, LoadPair(image, shards, _tokenizer(cfg, shards, run)))
+    return StepDataset(order, part, LoadPair(image, shards, _tokenizer(cfg, shards, run), CaptionCleaner(cfg.captions)))
 
 
 @dataclass
@@ -108,10 +112,11 @@ class LoadPair:
     image: LoadImage
     shards: ShardSet
     tokenizer: Tokenizer
+    clean: CaptionCleaner
 
     def __call__(self, item: Item) -> Sample:
         caption = self.shards.record(item.shard, item.row).get("caption") or ""
-        ids, mask = self.tokenizer([clean_caption(caption)])
+        ids, mask = self.tokenizer([self.clean(caption)])
         return self.image(item) | {"token_ids": ids[0], "token_mask": mask[0]}
 
 

@@ -146,7 +146,8 @@ def test_evaluation_images_are_resized_by_the_short_side_and_cut_in_the_middle()
 
 
 def test_captions_reach_the_text_tower_as_tokens(shards, tmp_path):
-    from maws.data.tokenizer import clean_caption, train_tokenizer
+    from maws.data.captions import clean_caption
+    from maws.data.tokenizer import train_tokenizer
 
     assert clean_caption("Ben &amp; I @home see https://x.y/z #red  fox") == "Ben & I see red fox"
     captions = [shards.record(0, i)["caption"] for i in range(shards.shard_sizes[0])] * 3
