@@ -27,7 +27,6 @@ from data_pipeline.wordnet import WordNet
 Ints = npt.NDArray[np.int64]
 Policy = Literal["first", "all", "unambiguous"]
 
-POLICIES: Final = ("first", "all", "unambiguous")
 UNMAPPED: Final = "unmapped"  # why a tag has no senses: it is no noun
 REMEMBERED: Final = 1 << 18  # tags; a process may see more than fit into its memory
 

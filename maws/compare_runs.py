@@ -7,7 +7,6 @@
 Both need `log.keys=yes` and `log.every=1`. The runs may have been on different numbers of ranks.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from maws import checkpoint
 from maws.checkpoint import CheckpointError, RankFiles
+from maws.files import json_lines
 from maws.release import open_release
 from maws.weight_files import WeightFiles
 
@@ -105,8 +105,8 @@ def compare(one: Path, other: Path) -> Found:
 def lines_of(run: Path) -> dict[int, list[dict[str, Any]]]:
     """The lines of training in metrics.jsonl, by step."""
     path, out = run / "metrics.jsonl", dict[int, list[dict[str, Any]]]()
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        if "train/loss" in (line := json.loads(text)):
+    for line in json_lines(path):
+        if "train/loss" in line:
             out.setdefault(line["step"], []).append(line)
     if not out:
         raise CheckpointError(f"{path} has no line of training: the run was not started, or not here")
@@ -133,8 +133,7 @@ def samples_of(run: Path) -> dict[int, Counter[str]]:
     """Which samples each step had (steps from 0), on all ranks together; a sample may be there twice."""
     out: dict[int, Counter[str]] = {}
     for path in sorted((run / "keys").glob("rank_*.jsonl")):
-        for text in path.read_text().splitlines():
-            line = json.loads(text)
+        for line in json_lines(path):
             out.setdefault(line["step"], Counter()).update(line["keys"])
     if not out:
         raise CheckpointError(f"{run} has no list of the samples of its steps; it needs log.keys=yes")

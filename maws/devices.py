@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from maws.config import ConfigError, nearest
 
-GB = 10**9
+GB, GIB = 10**9, 2**30
 PRECISIONS = ("bf16", "tf32", "fp32")  # of matrix products; tf32 is fp32 where torch is allowed to round its inputs
 
 

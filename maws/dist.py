@@ -71,14 +71,6 @@ def gather_objects(value: Any) -> list[Any]:
     return out
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Is it true anywhere? All ranks ask at the same place and get the same answer."""
-    t = torch.tensor([int(flag)], device=device)
-    if initialised():
-        td.all_reduce(t, td.ReduceOp.MAX)
-    return bool(t.item())
-
-
 def mean(values: Sequence[Tensor], device: torch.device) -> list[float]:
     """Mean over ranks of some scalars, in one message."""
     t = torch.stack([v.detach().float().to(device) for v in values])
@@ -114,7 +106,7 @@ class _AllGather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         grad = grad.contiguous()
         td.all_reduce(grad)  # what every rank's loss says about every rank's rows
-        return grad.chunk(world_size())[rank()]
+        return grad.chunk(world_size())[rank()].clone()  # a view would keep the rows of all ranks
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:

@@ -89,16 +89,21 @@ def chosen(name: str, device: str, width: int = 0, ranks: int = 0) -> tuple[str,
     return "zero3", "auto: GPUs" + (f", and a tower of width {width} (less than 2560)" if width else "")
 
 
+def path_of(name: str) -> Path:
+    """A file of ds_configs/, or a path that ends in .json. Raises ConfigError when there is none."""
+    path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
+    if not path.is_file():
+        known = sorted(p.stem for p in DS_CONFIGS.glob("*.json"))
+        raise ConfigError(f"engine.ds_config={name}: there is no {path}; {nearest(name, known)}")
+    return path
+
+
 def ds_config(cfg: EngineConfig, device: str, width: int = 0, ranks: int = 0) -> dict[str, Any]:
     """The DeepSpeed file in force, values from the environment filled in.
 
     Raises ConfigError for an unknown file or key, a doubled setting, another ZeRO stage, and what cannot run here.
     """
-    name, _ = chosen(cfg.ds_config, device, width, ranks)
-    path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
-    if not path.is_file():
-        known = sorted(p.stem for p in DS_CONFIGS.glob("*.json"))
-        raise ConfigError(f"engine.ds_config={cfg.ds_config}: there is no {path}; {nearest(name, known)}")
+    path = path_of(chosen(cfg.ds_config, device, width, ranks)[0])
     config = load_json(path)
     for where, key, _value in _walk(config):
         _check_key(path, where, key)

@@ -30,7 +30,6 @@ from deepspeed.ops.op_builder import AsyncIOBuilder  # type: ignore[attr-defined
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     groups,
-    safe_get_full_fp32_param,
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
@@ -42,7 +41,7 @@ from timm.models.vision_transformer import Block  # noqa: E402
 log = logging.getLogger(__name__)
 
 # Gathered in one piece: DeepSpeed's hooks run once a block, not for each layer in it. By name where the import is slow.
-LEAVES: list[Any] = [Block, "XLMRobertaLayer"]
+LEAVES: list[Any] = [Block, "XLMRobertaLayer", "BertLayer"]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, Loshchilov and Hutter, 2019
 
 
@@ -116,7 +115,7 @@ class Engine:
         self.device = runtime.device
         self.target = MomentumTarget(self.objective, _local_fp32)
         self.target.start()
-        self.ema = WeightMeans(self.trained() if ema else [], _local_fp32, ema, on_host=runtime.offloaded)
+        self.decay, self.ema = ema, WeightMeans(self.trained() if ema else [], _local_fp32, on_host=runtime.offloaded)
         self.ema.start()
         self._renew(p.target for p in self.target.params)
 
@@ -135,7 +134,7 @@ class Engine:
                 total[name] = (
                     total.get(name, torch.zeros((), device=self.device)) + value.detach() / self.runtime.accumulate
                 )
-        self.ema.follow()
+        self.ema.follow(self.decay)
         if self.target.params:
             momentum = self.objective.momentum(progress)  # type: ignore[operator]
             self.target.follow(momentum)
@@ -230,26 +229,6 @@ class Engine:
     def partition(self, param: nn.Parameter) -> tuple[int, int]:
         """(elements of the whole parameter, elements of one rank's partition, padding included)."""
         return param.ds_numel, param.ds_tensor.ds_numel  # type: ignore[attr-defined]
-
-    def full_weights(self, wanted: Callable[[str], object] = bool, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """The parameters whose names are wanted (all are true), whole: fp32 master values where there are some, on the
-        CPU; all ranks take part. With `ema` their means instead; what is not trained has none and is as it is."""
-        for name, p in self.objective.named_parameters():
-            if not wanted(name):
-                continue
-            if ema and p.requires_grad:
-                yield name, self._whole(self.ema.means[name], p)
-            elif p.requires_grad:
-                yield name, safe_get_full_fp32_param(p).detach().float().cpu().reshape(p.ds_shape)  # type: ignore
-            else:
-                with deepspeed.zero.GatheredParameters([p]):
-                    value = p.detach().float().cpu().clone()
-                yield name, value
-
-    def _whole(self, part: Tensor, param: nn.Parameter) -> Tensor:
-        """All ranks' parts of a parameter put together, without the padding behind its end."""
-        flat = dist.all_gather(part.to(self.device))
-        return flat[: param.ds_numel].reshape(param.ds_shape).cpu()  # type: ignore[attr-defined]
 
     def close(self) -> None:
         self._engine.destroy()

@@ -25,8 +25,8 @@ from data_pipeline.errors import UserError
 from maws import checkpoint, dist, manifest
 from maws.config import ConfigError, FaultsConfig
 from maws.engine import Engine
-from maws.files import write_json
-from maws.history import History, append, end_line, objects
+from maws.files import append, end_line, json_lines, write_json
+from maws.history import History
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class Guard:
         """The losses before `step`, also those of earlier starts: a spike is the same one with and without a kill."""
         past: list[float] = []
         if dist.rank() == 0:
-            end_line(self.run / "losses.jsonl")
-            known = {line["step"]: line["loss"] for line in objects(self.run / "losses.jsonl")}  # the last one counts
+            end_line(path := self.run / "losses.jsonl")
+            known = {line["step"]: line["loss"] for line in json_lines(path)}  # the last one counts
             past = [known[s] for s in sorted(known) if s < step and not self.history.skips(s)][-WINDOW:]
         return deque(dist.broadcast(past), WINDOW)

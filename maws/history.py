@@ -7,14 +7,13 @@ A later start of the run must know of its rewinds: which steps are left out, and
 the events say about a run as a whole (goodput, restarts, lost steps) are functions of them and of its metrics.
 """
 
-import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from maws import dist
+from maws.files import append, end_line, json_lines
 
 Event = dict[str, Any]
 
@@ -68,12 +67,12 @@ class History:
 
 def read(path: Path) -> list[Event]:
     """The events of a file; half a line of a killed writer, and whatever else is no event, is left out."""
-    return [e for e in objects(path) if isinstance(e.get("event"), str) and _numbers(e, "step", "time")]
+    return [e for e in json_lines(path) if isinstance(e.get("event"), str) and _numbers(e, "step", "time")]
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of RUN/metrics.jsonl that are whole."""
-    return [line for line in objects(run / "metrics.jsonl") if _numbers(line, "step")]
+    return [line for line in json_lines(run / "metrics.jsonl") if _numbers(line, "step")]
 
 
 def goodput(events: Sequence[Event], metrics: Iterable[Mapping[str, Any]], now: float | None = None) -> float:
@@ -117,34 +116,6 @@ def lost_steps(events: Sequence[Event]) -> int:
     was started again (as far as they had been logged) or rewound (with the step that was the reason)."""
     rewound = sum(e["step"] + 1 - e["to"] for e in events if e["event"] == "rewind" and "to" in e)
     return rewound + sum(max(0, e.get("reached", e["step"]) - e["step"]) for e in events if e["event"] == "start")
-
-
-def objects(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file with one a line."""
-    out = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            out.append(value)
-    return out
-
-
-def append(path: Path, entry: Mapping[str, Any]) -> None:
-    """Add a line, and return when it is on the disk."""
-    with path.open("a") as f:
-        f.write(json.dumps(entry) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def end_line(path: Path) -> None:
-    """Half a line of a killed writer must not swallow the next one."""
-    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        with path.open("ab") as f:
-            f.write(b"\n")
 
 
 def _numbers(values: Mapping[str, Any], *names: str) -> bool:

@@ -7,7 +7,6 @@
 They meet over gloo and see no GPU: what is compared or rehearsed here must not depend on how many there are.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -20,7 +19,6 @@ from typing import Protocol, Self
 
 from maws.launchers import ALWAYS, free_port
 
-PR_SET_PDEATHSIG = 1  # prctl(2): a signal for when the parent dies
 TRAIN = Path(__file__).resolve().parent / "train.py"
 # A rank must not take itself for a task of the job in which it was started.
 LAUNCHERS = (*ALWAYS, "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_", "TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_", "MPI_")
@@ -80,13 +78,15 @@ class Ranks:
         self.end()
 
 
-class Script:
-    """`python maws/train.py` with these arguments."""
+class Command:
+    """A command in a session of its own; output goes to descriptors."""
 
-    def __init__(self, arguments: Sequence[str], env: Mapping[str, str], output: int) -> None:
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], stdout: int, stderr: int, folder: Path | None = None
+    ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(TRAIN), *arguments],
-            env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            command, env=env, cwd=folder,
+            stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True,
         )  # fmt: skip
         self.pid = self._process.pid
 
@@ -98,6 +98,13 @@ class Script:
             return self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             return None
+
+
+class Script(Command):
+    """`python maws/train.py` with these arguments."""
+
+    def __init__(self, arguments: Sequence[str], env: Mapping[str, str], output: int) -> None:
+        super().__init__([sys.executable, str(TRAIN), *arguments], env, output, output)
 
 
 def start_ranks(
@@ -125,16 +132,6 @@ def start_ranks(
         started.end()
         raise
     return started
-
-
-def stop_with_the_launcher() -> None:
-    """In a rank: take the death of the process that started it as SIGTERM, so that it saves and leaves (Linux).
-
-    A launcher that is killed (kill -9, out of memory) leaves its ranks training, and who starts the run again then has
-    two that write one folder. For torchrun, which starts ranks itself; the parent of plain python may be a shell.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def environments(ranks: int) -> list[dict[str, str]]:

@@ -23,11 +23,10 @@ import pyarrow.parquet as pq
 from data_pipeline.errors import DataError, UsageError
 from data_pipeline.shardset import ShardSet
 from maws.config import ConfigError, Duration, load_json
-from maws.data.order import Item, Order, Part
+from maws.data.order import MAX_REPLACEMENTS, Item, Order, Part
 from maws.files import json_lines
 
 THREADS = 16  # reading waits for the disk or the network
-MOST_REPLACED = 100  # in a row, as the loader gives up
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Ledger:
         for s in range(part.rank, self.order.streams, part.world):
             for place in range(self.order.per_stream):
                 planned = used = self.order.item(s, step, place)
-                for skip in range(1, MOST_REPLACED):
+                for skip in range(1, MAX_REPLACEMENTS):
                     if used.key not in self.bad:
                         break
                     used = self.order.item(s, step, place, skip)

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from maws import dist
-from maws.files import sha256, write_json
+from maws.files import PLAIN_NAME, sha256, try_lock, write_json
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -81,7 +81,7 @@ def _rank_files(checkpoint: Path) -> list[str]:
 def _entry(file: dict[str, Any]) -> Entry:
     """Raises ValueError, KeyError or TypeError for what no save of ours has written."""
     entry = Entry(file["name"], file["bytes"], file["sha256"])
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", entry.name):
+    if not re.fullmatch(PLAIN_NAME, entry.name):
         raise ValueError(f"{entry.name!r} is not the name of a file in the checkpoint's folder")
     if not isinstance(entry.bytes, int) or not re.fullmatch(r"[0-9a-f]{64}", entry.sha256):
         raise ValueError(f"size or hash of {entry.name} is not one")
@@ -126,7 +126,7 @@ def delete(checkpoint: Path) -> bool:
     """Remove a checkpoint, unless somebody reads it: was it removed? A kill leaves no half of it under its name."""
     try:
         with (checkpoint / NAME).open("r+b") as file:
-            if _locked(file):
+            if not try_lock(file):
                 return False
             gone = checkpoint.with_name(f"tmp-old-{checkpoint.name}.{os.getpid()}")
             checkpoint.rename(gone)
@@ -134,14 +134,3 @@ def delete(checkpoint: Path) -> bool:
         return False
     shutil.rmtree(gone, ignore_errors=True)
     return True
-
-
-def _locked(file: BinaryIO) -> bool:
-    """Does somebody read? A file system without locks is no reason to keep everything."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from maws import devices, dist
+from maws.devices import GIB
 from maws.history import read, read_metrics, useful_seconds
 from maws.log import duration
 
 log = logging.getLogger(__name__)
 
-GIB = 1 << 30
 HORIZON = 600.0  # seconds after which a step counts 1/e in the speed that the time left is made from
 QUIET = 2.0  # seconds between lines for people
 

@@ -53,7 +53,6 @@ class MomentumTarget:
     """
 
     def __init__(self, objective: nn.Module, values: Callable[[nn.Parameter], Tensor]) -> None:
-        self.objective, self.values = objective, values
         follows = objective.follows() if isinstance(objective, HasTarget) else {}
         params, buffers = dict(objective.named_parameters()), dict(objective.named_buffers())
         self.params = [Pair(n, params[n], params[s]) for n, s in _pairs(params, follows)]
@@ -62,46 +61,47 @@ class MomentumTarget:
             assert not pair.target.requires_grad, f"{pair.name} follows {follows}, so a rule must freeze it"
         for buffer, _ in self.buffers:  # they have no second copy, so they must be float32 themselves
             assert not buffer.is_floating_point() or buffer.dtype == torch.float32
-        self.means: dict[str, Tensor] = {}
+        self._sources = WeightMeans([(name, source) for name, _, source in self.params], values)
+        self.means = self._sources.means
 
     @torch.no_grad()
     def start(self) -> None:
         """Begin as a copy of the source."""
-        for name, target, source in self.params:
-            self.means[name] = self.values(source).clone()
-            write(target, self.means[name])
+        self._sources.start()
+        self._write()
         for target, source in self.buffers:
             target.copy_(source)
 
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
         """mean = momentum * mean + (1 - momentum) * source; counters are copied (recipes §4.4)."""
-        for name, target, source in self.params:
-            self.means[name].lerp_(self.values(source), 1 - momentum)
-            write(target, self.means[name])
+        self._sources.follow(momentum)
+        self._write()
         for target, source in self.buffers:
             target.lerp_(source, 1 - momentum) if target.is_floating_point() else target.copy_(source)
 
     @torch.no_grad()
     def load(self, means: dict[str, Tensor]) -> None:
         """Put back this rank's part of the means."""
+        self._sources.load(means)
+        self._write()
+
+    def _write(self) -> None:
         for name, target, _ in self.params:
-            self.means[name].copy_(means[name])
             write(target, self.means[name])
 
 
 class WeightMeans:
-    """mean = decay * mean + (1 - decay) * weight, of this rank's part of every trained parameter, after every step.
+    """mean = decay * mean + (1 - decay) * weight, of this rank's part of some parameters, after every step.
 
     It begins as a copy of the weights and has no correction for that: a decay of 0.9999 forgets them in some 10,000
     steps. `on_host` keeps it where an optimizer is that was moved there.
     """
 
     def __init__(
-        self, params: list[tuple[str, nn.Parameter]], values: Callable[[nn.Parameter], Tensor], decay: float,
-        on_host: bool = False,
-    ) -> None:  # fmt: skip
-        self.params, self.values, self.decay, self.on_host = params, values, decay, on_host
+        self, params: list[tuple[str, nn.Parameter]], values: Callable[[nn.Parameter], Tensor], on_host: bool = False
+    ) -> None:
+        self.params, self.values, self.on_host = params, values, on_host
         self.means: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -111,10 +111,10 @@ class WeightMeans:
             self.means[name] = own.to("cpu" if self.on_host else own.device, torch.float32, copy=True)
 
     @torch.no_grad()
-    def follow(self) -> None:
+    def follow(self, decay: float) -> None:
         for name, p in self.params:
             mean = self.means[name]
-            mean.lerp_(self.values(p).to(mean.device), 1 - self.decay)
+            mean.lerp_(self.values(p).to(mean.device), 1 - decay)
 
     @torch.no_grad()
     def load(self, means: dict[str, Tensor]) -> None:

@@ -8,10 +8,10 @@ from rich.padding import Padding
 from rich.table import Table
 
 from maws import stages
+from maws.devices import GIB
 from maws.planning import Result
 
 WIDTH = 100  # columns, where there is no terminal to ask
-GIB = 2**30
 
 
 def show(result: Result) -> None:

@@ -8,7 +8,6 @@ assumed (a share of the device's peak, --mfu). Whatever is assumed is listed at 
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from dataclasses import dataclass, field, replace
@@ -19,10 +18,13 @@ from data_pipeline.shardset import ShardSet
 from maws import devices, stages
 from maws.config import ConfigError, TrainConfig, from_json, load_json, override
 from maws.data.order import MAX_STREAMS, choose_streams
+from maws.devices import GIB
 from maws.ds_config import chosen
+from maws.files import json_lines
 from maws.models.attention import recomputed
 from maws.plan_memory import Memory, Subject, filled
 from maws.plan_search import Alternative, alternatives
+from maws.weight_files import parse_size
 
 MFU = 0.4  # share of the peak that all products reach together: ours, until a run is measured
 USABLE = 0.95  # of the device's memory: the allocator's gaps take some; ours
@@ -136,12 +138,12 @@ def _too_much(memory: Memory, usable: int, gpu: devices.Device, options: argpars
     """Why the memory does not suffice; empty when it does."""
     out = []
     if memory.total > usable:
-        needs, has = memory.total / 2**30, usable / 2**30
+        needs, has = memory.total / GIB, usable / GIB
         out.append(f"one rank needs {needs:.1f} GiB, the {gpu.name} has {has:.1f} GiB to give")
     if options.host_memory:
         node = (memory.host + memory.saving) * min(options.gpus, options.gpus_per_node)
-        if node > (there := size(options.host_memory)):
-            out.append(f"a node needs {node / 2**30:.0f} GiB of host memory, --host-memory is {there / 2**30:.0f} GiB")
+        if node > (there := parse_size(options.host_memory, plain=False)):
+            out.append(f"a node needs {node / GIB:.0f} GiB of host memory, --host-memory is {there / GIB:.0f} GiB")
     return out
 
 
@@ -200,7 +202,7 @@ def _gpu(options: argparse.Namespace, assumed: list[str]) -> devices.Device:
         if not options.memory:
             assumed.append("an H200, as no GPU is here that is known (--gpu NAME)")
     if options.memory or options.tflops:
-        memory = size(options.memory) / devices.GB if options.memory else gpu.memory
+        memory = parse_size(options.memory, plain=False) / devices.GB if options.memory else gpu.memory
         speeds = dict.fromkeys(devices.PRECISIONS, options.tflops) if options.tflops else {}
         gpu = replace(gpu, name="stated device" if options.memory else gpu.name, memory=memory, **speeds)
     return gpu
@@ -213,16 +215,6 @@ def _present() -> devices.Device | None:
         return None
     gpu = devices.recognise(torch.cuda.get_device_name())
     return replace(gpu, memory=torch.cuda.get_device_properties(0).total_memory / devices.GB) if gpu else None
-
-
-def size(text: str) -> int:
-    """Bytes of `80GB`, `64GiB` or `500MB`. Raises ConfigError for anything else."""
-    units = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-    found = re.fullmatch(r"([\d.]+)\s*([kmgt]i?b)", text.strip().lower())
-    try:
-        return int(float(found[1]) * units[found[2]])  # type: ignore[index]
-    except (TypeError, ValueError):
-        raise ConfigError(f"{text!r} is not a size; write 141GB or 80GiB") from None
 
 
 def _data(options: argparse.Namespace, cfg: TrainConfig, assumed: list[str]) -> Data:
@@ -280,8 +272,8 @@ def measured(run: Path) -> Speed:
 
     Raises ConfigError when the folder has no config or no line with a speed.
     """
-    config, starts = load_json(run / "config.json"), [e for e in _objects(run / "events.jsonl") if e.get("ranks")]
-    rates = [r for line in _objects(run / "metrics.jsonl") if (r := line.get("train/images_per_second"))]
+    config, starts = load_json(run / "config.json"), [e for e in json_lines(run / "events.jsonl") if e.get("ranks")]
+    rates = [r for line in json_lines(run / "metrics.jsonl") if (r := line.get("train/images_per_second"))]
     if not rates:
         raise ConfigError(f"--from-run {run}: metrics.jsonl has no line with train/images_per_second; give another run")
     ranks, module = starts[-1]["ranks"] if starts else 1, stages.load(config["stage"])
@@ -293,9 +285,3 @@ def measured(run: Path) -> Speed:
         f"a rank computes at {flops / 1e12:.3g} TFLOP/s, measured in {run} ({config['stage']} {config['preset']}, "
         f"{rate:,.0f} images/s on {ranks} ranks), and as fast among more ranks",
     )
-
-
-def _objects(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; half a line of a killed writer is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]

@@ -139,7 +139,7 @@ def share(number: int, part: Part) -> tuple[np.ndarray, np.ndarray]:
 def gather(mine: Tensor, valid: np.ndarray, number: int) -> tuple[Tensor, Tensor]:
     """Rows of all ranks (n D each, as `share` gave them out) in their order, number D, and whether each one counts."""
     with_flag = torch.cat([mine, torch.from_numpy(valid).to(mine)[:, None]], dim=1)  # n D+1
-    rows = dist.all_gather_with_grad(with_flag)  # rank by rank
+    rows = dist.all_gather(with_flag)  # rank by rank
     rows = rows.unflatten(0, (dist.world_size(), -1)).transpose(0, 1).flatten(0, 1)[:number]
     return rows[:, :-1], rows[:, -1] > 0
 

@@ -3,17 +3,17 @@
 {"step": 12, "key": "k017", "shard": "00003", "reason": "truncated"}
 """
 
-import json
 import logging
 import math
 import re
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 from data_pipeline.errors import DataError
 from maws import dist
 from maws.data.batch import BadSample
-from maws.files import json_lines
+from maws.files import append, end_line, json_lines
 
 log = logging.getLogger(__name__)
 
@@ -26,22 +26,20 @@ class Quarantine:
     def __init__(self, path: Path, max_bad: float, samples: int) -> None:
         self.path, self.samples = path, samples
         self.allowed = max(1, math.floor(max_bad * samples))
-        if dist.rank() == 0 and path.exists() and not path.read_bytes().endswith(b"\n"):
-            with path.open("a") as f:
-                f.write("\n")  # after half a line of a killed writer, for the next one to be whole
+        if dist.rank() == 0:
+            end_line(path)
         self.reasons: dict[str, str] = {e["key"]: e["reason"] for e in json_lines(path) if {"key", "reason"} <= set(e)}
 
     def add(self, step: int, bad: list[BadSample]) -> None:
         """All ranks call this in the step in which any of them met one. Raises DataError above the budget."""
-        for entries in dist.gather_objects(bad):
-            for entry in entries:
-                if entry["key"] in self.reasons:
-                    continue
+        fresh = list[BadSample]()
+        for entry in chain.from_iterable(dist.gather_objects(bad)):
+            if entry["key"] not in self.reasons:
                 self.reasons[entry["key"]] = entry["reason"]
                 log.warning("sample %s of shard %s left out: %s", entry["key"], entry["shard"], entry["reason"])
-                if dist.rank() == 0:
-                    with self.path.open("a") as f:
-                        f.write(json.dumps({"step": step, **entry}) + "\n")
+                fresh.append(entry)
+        if dist.rank() == 0 and fresh:
+            append(self.path, *({"step": step, **entry} for entry in fresh))
         if len(self.reasons) > self.allowed:
             counts = ", ".join(f"{n} {reason}" for reason, n in self.counts().most_common())
             raise DataError(

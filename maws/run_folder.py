@@ -4,7 +4,6 @@ RUN/config.json   the whole configuration, versions, revision, hash of the shard
 RUN/lock          held by the one training that may write here
 """
 
-import fcntl
 import logging
 import os
 import socket
@@ -16,7 +15,7 @@ from typing import Any, BinaryIO
 from maws import __version__, checkpoint, config, dist
 from maws.checkpoint import CheckpointError
 from maws.config import ConfigError, TrainConfig
-from maws.files import write_json
+from maws.files import try_lock, write_json
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class RunLock:
         self.run.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(self.run / "lock", os.O_RDWR | os.O_CREAT, 0o644), "r+b")
         until, told = time.monotonic() + LEAVING, False
-        while not _locked(file):
+        while not try_lock(file):
             file.seek(0)
             holder = file.read(200).decode(errors="replace").strip() or "another process"
             if time.monotonic() > until:
@@ -72,17 +71,6 @@ class RunLock:
         file.flush()
         self._file = file
         return ""
-
-
-def _locked(file: BinaryIO) -> bool:
-    """Take the lock if nobody has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
-    return True
 
 
 def finished(run: Path, cfg: TrainConfig, shards: str) -> bool:

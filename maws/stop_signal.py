@@ -1,16 +1,18 @@
 """A run that is asked to stop saves and leaves, in bounded time. SIGTERM, SIGUSR1: requeue me; Ctrl-C: stop."""
 
+import ctypes
 import math
-import multiprocessing
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from types import FrameType
 
 REQUEUE, INTERRUPTED = 75, 130
+PR_SET_PDEATHSIG = 1  # prctl(2): a signal for when the parent dies
 
 
 class Stopped(Exception):
@@ -80,9 +82,22 @@ class StopSignal:
         why += "" if again < math.inf else " the signal to stop"
         self._farewell(why)
         os.write(2, f"error: {why}; the last whole checkpoint stays, continue with --resume auto\n".encode())
-        for child in multiprocessing.active_children():
-            child.kill()
         os._exit(code)
+
+
+def stop_with_the_launcher() -> None:
+    """In a rank: take the death of the process that started it as SIGTERM, so that it saves and leaves (Linux).
+
+    A launcher that is killed (kill -9, out of memory) leaves its ranks training, and who starts the run again then has
+    two that write one folder. For torchrun, which starts ranks itself; the parent of plain python may be a shell.
+    """
+    when_the_parent_dies(signal.SIGTERM)
+
+
+def when_the_parent_dies(number: int) -> None:
+    """This process is sent the signal once the thread that started it is gone, however that ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _say_nothing(why: str) -> None:

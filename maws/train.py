@@ -23,12 +23,11 @@ from maws import checkpoint, config, dist, optim, stages, telemetry, twin
 from maws.config import TrainConfig
 from maws.data.feed import Feed
 from maws.data.loader import open_shards
-from maws.data.order import Part
-from maws.engine import Runtime
+from maws.data.order import Order, Part
+from maws.engine import Engine, Runtime
 from maws.export import publish
 from maws.guard import Guard
 from maws.history import History
-from maws.launch import stop_with_the_launcher
 from maws.log import start as start_log
 from maws.meter import Meter, Past, peak_flops
 from maws.models import init
@@ -36,8 +35,8 @@ from maws.quarantine import Quarantine
 from maws.release import open_release
 from maws.run_folder import RunLock, claim, finished, remember
 from maws.saver import Saver
-from maws.stop_signal import INTERRUPTED, Stopped, StopSignal
-from maws.trainer import Plan, Watch, train
+from maws.stop_signal import INTERRUPTED, Stopped, StopSignal, stop_with_the_launcher
+from maws.trainer import Plan, Probe, Watch, train
 from maws.watchdog import Watchdog
 
 log = logging.getLogger("maws.train")
@@ -134,19 +133,7 @@ def run_watched(
         step = checkpoint.load(engine, resume_from, dataset.order.identity, history.updates)
         log.info("resumed from %s at step %d of %d", resume_from, step, plan.total)
     history.start(step, of=plan.total, ranks=dist.world_size(), launcher=runtime.world.launcher)
-    watch = Watch(
-        stop, history, Guard(cfg.faults, engine, history, run, plan.snapshot_every), watchdog,
-        Saver(
-            engine, run / "checkpoints", cfg.checkpoint, {"order": dataset.order.identity}, plan.keep_every, history
-        ),
-        Meter(
-            cfg.optim.batch_size, plan.total, step, stage.cost(cfg).training_flops,
-            peak_flops(engine.device, runtime.precision, cfg.log.peak_tflops) * dist.world_size(), engine.device,
-            past=Past.of(run, step) if dist.rank() == 0 else Past(),
-        ),
-        Quarantine(run / "quarantine.jsonl", cfg.data.max_bad, dataset.order.samples),
-        probe,
-    )  # fmt: skip
+    watch = watch_over(engine, stage, cfg, plan, run, step, dataset.order, history, stop, watchdog, probe)
     feed = Feed(
         dataset, step, plan.total, cfg.data.workers, cfg.faults.worker_restarts, cfg.data.prefetch,
         restarted=lambda at, facts: history.note("worker_restart", at, **facts),
@@ -160,6 +147,22 @@ def run_watched(
     engine.close()
     runtime.close()
     return 0
+
+
+def watch_over(
+    engine: Engine, stage: stages.Stage, cfg: TrainConfig, plan: Plan, run: Path, step: int, order: Order,
+    history: History, stop: StopSignal, watchdog: Watchdog, probe: Probe | None,
+) -> Watch:  # fmt: skip
+    """What looks after the training from `step` on."""
+    guard = Guard(cfg.faults, engine, history, run, plan.snapshot_every)
+    saver = Saver(engine, run / "checkpoints", cfg.checkpoint, {"order": order.identity}, plan.keep_every, history)
+    peak = peak_flops(engine.device, engine.runtime.precision, cfg.log.peak_tflops) * dist.world_size()
+    meter = Meter(
+        cfg.optim.batch_size, plan.total, step, stage.cost(cfg).training_flops, peak, engine.device,
+        past=Past.of(run, step) if dist.rank() == 0 else Past(),
+    )  # fmt: skip
+    quarantine = Quarantine(run / "quarantine.jsonl", cfg.data.max_bad, order.samples)
+    return Watch(stop, history, guard, watchdog, saver, meter, quarantine, probe)
 
 
 def configure(args: argparse.Namespace) -> TrainConfig:

@@ -7,7 +7,6 @@ says which), on the given shard set or one made on the spot. Two ranks train, ar
 release; the checkpoint is exported. Each part is a line that says whether it held.
 """
 
-import json
 import logging
 import shutil
 import signal
@@ -23,6 +22,7 @@ import torch
 from data_pipeline.errors import UserError
 from maws import checkpoint, dist, stages
 from maws.config import ConfigError, TrainConfig
+from maws.files import json_lines, write_json
 from maws.launch import Ranks, start_ranks
 from maws.release import open_release, read_weights
 from maws.twin_config import EVERY, RANKS, STEPS, donor, settings, shrink, shrink_ds_config
@@ -43,7 +43,7 @@ def run(stage: str, preset: str, cfg: TrainConfig, run: Path) -> int:
     folder = run.with_name(f"{run.name}.twin")
     _clear(folder)
     folder.mkdir(parents=True)
-    (folder / MARK).write_text(json.dumps({"stage": stage, "preset": preset}) + "\n")
+    write_json(folder / MARK, {"stage": stage, "preset": preset})
     tiny, changed = shrink(stage, cfg)
     changed += shrink_ds_config(cfg, folder / "ds_config.json")
     log.info("twin of %s %s in %s: %d CPU ranks, %d steps; changed are", stage, preset, folder, RANKS, STEPS)
@@ -166,15 +166,9 @@ class Twin:
         released, exported = read_weights(open_release(self.run)), read_weights(open_release(out))
         if released.keys() != exported.keys():
             raise Failed(f"other tensors than in the release: {sorted(released.keys() ^ exported.keys())[:3]}")
-        rounded = 0
-        for name, value in released.items():
-            if torch.equal(value, exported[name]):
-                continue
-            if not torch.equal(value, exported[name].bfloat16().float()):
-                raise Failed(f"{name} differs from the release")
-            rounded += 1  # of a locked tower: bf16 while it was used, and from where it came in the export
-        more = f", but for {rounded} locked tensors that a training in bf16 rounds" if rounded else ""
-        return f"from the last checkpoint's files, equal to the release{more}"
+        if different := [name for name, value in released.items() if not torch.equal(value, exported[name])]:
+            raise Failed(f"{different[0]} differs from the release")
+        return "from the last checkpoint's files, equal to the release"
 
     @contextmanager
     def _ranks(self, arguments: list[str], ranks: int = RANKS, log: str = "log") -> Iterator[Ranks]:
@@ -187,10 +181,7 @@ class Twin:
             raise Failed(f"exit codes {codes}:\n{_last_words(ranks)}")
 
     def _lines(self) -> dict[int, dict[str, Any]]:
-        path = self.run / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        found = (json.loads(line) for line in lines if line.endswith("}"))
-        return {line["step"]: line for line in found if "train/loss" in line}
+        return {line["step"]: line for line in json_lines(self.run / "metrics.jsonl") if "train/loss" in line}
 
 
 def _last_words(ranks: Ranks) -> str:

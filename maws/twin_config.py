@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from maws import stages
-from maws.config import ConfigError, TrainConfig, flatten, override, to_json
-from maws.ds_config import DS_CONFIGS, chosen
+from maws.config import ConfigError, TrainConfig, flatten, load_json, override, to_json
+from maws.ds_config import CUDA_ONLY, chosen, path_of
 from maws.models.vit import VARIANTS
 
 GRIDS = (4, 8, 12, 16)  # patches a side; the first that the masks can be cut from
 RANKS, STEPS, EVERY, PATCH = 2, 32, 8, 8
-CUDA_ONLY = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 SMALL = {  # elements: parameters of the tiny model are cut and gathered as those of the large one are
     "reduce_bucket_size": 20_000, "stage3_prefetch_bucket_size": 20_000, "sub_group_size": 30_000,
     "stage3_param_persistence_threshold": 200, "stage3_max_live_parameters": 100_000,
@@ -62,6 +61,8 @@ def _sizes(cfg: Any) -> list[str]:
         out += ["guidance.hidden=48"]
     if hasattr(cfg, "text"):
         out += ["text.variant=atto", "text.pretrained=", "text.vocabulary=0", "joint_width=32"]
+    if cfg.data.features != "images":
+        out += ["data.features=images"]  # of another tower: the twin's own is made on the spot
     if hasattr(cfg, "synsets"):
         out += ["synsets=0", *(["chunk=3"] if cfg.chunk else [])]
     if hasattr(cfg, "target") and cfg.target.kind in ("pca", "tokens"):
@@ -111,11 +112,7 @@ def shrink_ds_config(cfg: TrainConfig, path: Path) -> list[str]:
     """Write the ds_config that the training would have on GPUs, as far as CPU ranks have it; what was changed."""
     width = VARIANTS[cfg.model.variant].width if cfg.model.variant in VARIANTS else 0
     name, _ = chosen(cfg.engine.ds_config, "cuda", width)
-    source = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
-    try:
-        original: dict[str, Any] = json.loads(source.read_text())
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"engine.ds_config={cfg.engine.ds_config}: {source} cannot be read ({e})") from None
+    original = load_json(source := path_of(name))
     zero = dict(original.get("zero_optimization", {}))
     tiny = {k: v for k, v in zero.items() if k not in CUDA_ONLY}
     tiny |= {k: small for k, small in SMALL.items() if k in zero}

@@ -13,7 +13,6 @@ collective that waits for a dead rank can be ended by nothing else.
 """
 
 import faulthandler
-import multiprocessing
 import os
 import secrets
 import socket
@@ -30,7 +29,7 @@ from typing import NoReturn, Self
 from data_pipeline.errors import UserError
 from maws import dist
 from maws.config import FaultsConfig
-from maws.history import append
+from maws.files import append
 from maws.link import Message
 from maws.peers import Hub, Limits, Spoke, Verdict
 
@@ -121,7 +120,7 @@ class Watchdog:
             self._leave()
 
     def _leave(self) -> NoReturn:
-        """Say why and end the process, with the loader's workers, whatever its other threads are stuck in."""
+        """Say why and end the process, and with it the loader's workers, whatever its other threads are stuck in."""
         with self._last:  # the main thread may be here too
             stacks = f"; the stacks of all ranks are in {self.run / 'hang'}" if self._verdict.hang else ""
             message = f"error: {self._verdict.text}{stacks}. Rank {self.rank} leaves too, at step {self._pulse[1]}; "
@@ -130,8 +129,6 @@ class Watchdog:
                 os.write(2, message.encode())  # not through sys.stderr, whose lock a stuck thread may hold
             if self.rank == 0 or (self._verdict.text.startswith("rank 0 ") and self.rank == 1):
                 _try(self._write_event)
-            for child in multiprocessing.active_children():
-                child.kill()
             os._exit(1)
 
     def _write_stacks(self) -> None:

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from maws.checkpoint import CheckpointError
 from maws.config import ConfigError
-from maws.files import sha256, write_json
+from maws.files import PLAIN_NAME, sha256, write_json
 from maws.tensor_file import Spec, TensorFile, specs_of, write_tensors
 
 MAX_SHARD = 5 * 10**9  # bytes; Hugging Face's default
-UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-PLAIN = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # the name of a file beside the index
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+         "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 
 
 class Weights(NamedTuple):
@@ -44,11 +44,12 @@ class Weights(NamedTuple):
         return sum(math.prod(spec.shape) for spec in self.specs.values())
 
 
-def parse_size(text: str) -> int:
-    """Bytes of `5GB`. Raises ConfigError for what is no size."""
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", text.lower())
-    if not found or found[2] not in UNITS or not (size := round(float(found[1]) * UNITS[found[2]])):
-        raise ConfigError(f"{text!r} is not a size; write 5GB, 500MB or a number of bytes")
+def parse_size(text: str, plain: bool = True) -> int:
+    """Bytes of `5GB` or `64GiB`; a number alone only where `plain`. Raises ConfigError for what is no size."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
+    unit = UNITS.get(found[2], 0) if found and (found[2] or plain) else 0
+    if not found or not (size := round(float(found[1]) * unit)):
+        raise ConfigError(f"{text!r} is not a size; write 5GB or 64GiB{', or a number of bytes' if plain else ''}")
     return size
 
 
@@ -149,7 +150,7 @@ def _places(index: Path) -> dict[str, str]:
     try:
         places = json.loads(index.read_text())["weight_map"]
         names = set(places.values())
-        if not names or not all(re.fullmatch(PLAIN, name) and name.endswith(".safetensors") for name in names):
+        if not names or not all(re.fullmatch(PLAIN_NAME, name) and name.endswith(".safetensors") for name in names):
             raise ValueError("weight_map must name safetensors files in the folder of the index")
         return places
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:

@@ -21,7 +21,8 @@ from PIL import Image
 
 from data_pipeline.__main__ import main as build_main
 from maws.dist import free_port
-from maws.launch import environments
+from maws.files import json_lines
+from maws.launch import Command, environments
 
 ROOT = TESTS.parent
 CAPTIONS = [
@@ -106,25 +107,13 @@ class Training:
                 os.killpg(p.pid, number)
 
 
-class Fresh:
-    """A command in a process and a session of its own, whose stderr is kept; it has the methods of `Forked`."""
+class Fresh(Command):
+    """A command whose stderr is kept; it has the methods of `Forked`."""
 
     def __init__(self, command: list[str], env: dict[str, str], folder: Path) -> None:
         self._kept = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
         weakref.finalize(self, self._kept.close)
-        self._process = subprocess.Popen(
-            command, env=env, cwd=folder, stdout=subprocess.DEVNULL, stderr=self._kept, start_new_session=True
-        )
-        self.pid = self._process.pid
-
-    def poll(self) -> int | None:
-        return self._process.poll()
-
-    def wait(self, timeout: float | None = None) -> int | None:
-        try:
-            return self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
+        super().__init__(command, env, subprocess.DEVNULL, self._kept.fileno(), folder)
 
     def printed(self) -> str:
         return content(self._kept)
@@ -179,9 +168,7 @@ def run_each(runs: list[list[str]]) -> list[tuple[int, str]]:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return json_lines(run / "metrics.jsonl")
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -17,7 +17,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from data_pipeline.errors import DataError
 from data_pipeline.sources.location import Reading
 
 MAX_TEXT: Final = 1 << 20  # bytes of one caption, or of one record of a text file; --max-caption is far below
@@ -60,10 +59,6 @@ class Columns(NamedTuple):
     @property
     def all(self) -> list[str]:
         return list(dict.fromkeys(name for name in self if name is not None))
-
-
-class MissingColumn(DataError):
-    """A column that was asked for by name is not there."""
 
 
 @functools.lru_cache(maxsize=4096)

@@ -47,7 +47,6 @@ FINGERPRINTS: Final = pa.schema(
         ("set", pa.int32()),  # of evaluation pictures; -1 for training
     ]
 )
-GROUPS: Final = FINGERPRINTS.append(pa.field("group", pa.int64()))  # the number of its first member
 BANDS: Final = pa.schema([("id", pa.int64()), ("hash", pa.binary(dedup.BYTES)), ("kind", pa.uint8())])
 PAIRS: Final = pa.schema([("first", pa.int64()), ("second", pa.int64()), ("distance", pa.uint8())])
 ITEMS: Final = pa.schema(

@@ -6,6 +6,8 @@ They change nothing, ask no network, and end within seconds. What cannot be look
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from maws.devices import GIB
+
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
 
@@ -32,4 +34,4 @@ def found(subject: str, check: Check) -> Iterator[Finding]:
 
 
 def gib(size: float) -> str:
-    return f"{size / 2**30:,.1f} GiB"
+    return f"{size / GIB:,.1f} GiB"

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from maws.checks import OK, PROBLEM, WARNING, Finding, gib
+from maws.devices import GIB
+from maws.files import sync
 
 CGROUP = Path("/sys/fs/cgroup")
 SHM = Path("/dev/shm")
 OPEN_FILES = 4096  # 128 tars kept open by each loader worker and rank, and sockets; ours
-SHM_BYTES = 2 * 2**30  # for batches on their way from workers; ours
+SHM_BYTES = GIB  # what NVIDIA's manual of NCCL gives a container
 SLOW_SYNC = 0.5  # seconds for a file of one MiB; ours
 PORT = 29500  # what launchers take where nothing is said
 
@@ -72,7 +74,7 @@ def memory(saving: float = 0.0) -> Finding:
             f"{seen}; a copy for saving takes {gib(saving)}",
             "use more nodes, or set checkpoint.asynchronous=no",
         )
-    if room < 4 * 2**30:
+    if room < 4 * GIB:
         return Finding(
             "memory", WARNING, seen, "end what else runs here, or ask for more: loading torch takes 1 GiB a rank"
         )
@@ -91,20 +93,18 @@ def memory_limit(root: Path = CGROUP) -> int:
 
 
 def shared_memory(path: Path = SHM) -> Finding:
-    """Where loader workers put batches for their rank."""
+    """Where NCCL's ranks of one machine meet and talk when they cannot reach each other's GPU."""
     if not path.is_dir():
         return Finding(
             "shared memory",
             PROBLEM,
-            f"there is no {path}",
-            "in a container: --ipc=host or --shm-size=16g; or data.workers=0",
+            f"there is no {path}, which NCCL needs",
+            "in a container: --ipc=host or --shm-size=1g",
         )
     use = shutil.disk_usage(path)
     seen = f"{gib(use.free)} free of {gib(use.total)} in {path}"
     if use.free < SHM_BYTES:
-        return Finding(
-            "shared memory", WARNING, seen, "in a container: --ipc=host or --shm-size=16g; or fewer data.workers"
-        )
+        return Finding("shared memory", WARNING, seen, "for NCCL, in a container: --ipc=host or --shm-size=1g")
     return Finding("shared memory", OK, seen)
 
 
@@ -127,7 +127,7 @@ def disk(folder: Path, needed: float = 0.0) -> Finding:
     )
     if free < needed:
         return Finding("disk", PROBLEM, seen, "free some, choose another --run, or lower checkpoint.keep")
-    if free < max(2 * needed, 5 * 2**30):
+    if free < max(2 * needed, 5 * GIB):
         return Finding("disk", WARNING, seen, "free some before a long training: saves must not meet a full disk")
     return Finding("disk", OK, seen)
 
@@ -146,14 +146,10 @@ def durability(folder: Path) -> Finding:
             new, old = Path(name) / "new", Path(name) / "old"
             old.write_bytes(b"old")
             started = time.perf_counter()
-            with new.open("wb") as file:
-                file.write(os.urandom(1 << 20))
-                file.flush()
-                os.fsync(file.fileno())
+            new.write_bytes(os.urandom(1 << 20))
+            sync(new)
             new.replace(old)
-            descriptor = os.open(name, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            sync(Path(name))
             took = time.perf_counter() - started
             whole = not new.exists() and old.stat().st_size == 1 << 20
     except OSError as e:

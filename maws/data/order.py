@@ -23,6 +23,7 @@ from maws.seeding import derive, hash_keys, stream, uniform
 
 MAX_STREAMS = 64
 MIN_ROWS_PER_STREAM = 16
+MAX_REPLACEMENTS = 100  # in a row, in one stream: then it is not a sample that is broken but the shard set
 RECENT = 16  # shards whose rows stay in memory: those of a window are asked for twice, once for their number
 
 

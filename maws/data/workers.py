@@ -9,12 +9,10 @@ SIGTERM, SIGUSR1 to the whole group) are the training process's matter. Memory b
 containers keep small: a full /dev/shm kills a worker in the middle of a write.
 """
 
-import ctypes
 import logging
 import mmap
 import os
 import signal
-import sys
 import tempfile
 import traceback
 import warnings
@@ -31,12 +29,12 @@ from torch import Tensor
 
 from data_pipeline.errors import DataError, UserError
 from maws.data.batch import Batch
+from maws.stop_signal import when_the_parent_dies
 
 log = logging.getLogger(__name__)
 
 FOR_THE_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 ALIGN = 64  # bytes between the starts of tensors, a cache line
-PR_SET_PDEATHSIG = 1  # prctl(2): a signal for when the parent dies
 Make = Callable[[int], Batch]
 
 _ends: WeakSet[Connection] = WeakSet()  # the training process's ends of all sockets; a worker closes what it inherits
@@ -113,8 +111,7 @@ def _work(make: Make, socket: Connection, parent: int, mask: Iterable[int]) -> N
         for number in FOR_THE_PARENT:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        when_the_parent_dies(signal.SIGKILL)
         for end in list(_ends):
             end.close()
         torch.set_num_threads(1)

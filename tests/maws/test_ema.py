@@ -11,6 +11,7 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.testing import assert_close
+from whole import whole_weights
 
 DECAY, STEPS, MORE, LR = 0.8, 3, 2, 0.05
 FINE = 0.9995  # in bfloat16 a mean of this decay would stand still
@@ -66,7 +67,7 @@ def train(ds: str, precision: str, ema: float, state: dict[str, Any] | None = No
 
 
 def whole(engine: Any, ema: bool = False) -> dict[str, Any]:
-    return {n: v.tolist() for n, v in engine.full_weights(ema=ema)}
+    return {n: v.tolist() for n, v in whole_weights(engine, ema)}
 
 
 def on_two_ranks() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 from training import arguments, losses, metrics
+from whole import whole_weights
 
 from maws.dist import free_port
 from maws.models import init
@@ -88,7 +89,7 @@ def average(precision: str, threshold: int, folder: str, constant: float = 0.0, 
     engine = runtime.build(toy, optim.groups(toy, [(r"target.*", None), (r".*", optim.BASE)], 1.0, 0.0), cfg)
 
     def values() -> dict[str, Any]:
-        whole = {n: v.tolist() for n, v in engine.full_weights()}
+        whole = {n: v.tolist() for n, v in whole_weights(engine)}
         return whole | {n: b.tolist() for n, b in engine.objective.named_buffers()}
 
     found: dict[str, Any] = {"values": [values()], "seen": []}

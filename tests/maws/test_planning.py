@@ -19,8 +19,9 @@ from maws.config import ConfigError, TrainConfig, override
 from maws.models import init
 from maws.optim import groups, treat
 from maws.plan_memory import Subject, Zero, plan_memory
-from maws.planning import measured, plan, size
+from maws.planning import measured, plan
 from maws.rehearsal import LiveBytes, on_meta, rehearse
+from maws.weight_files import parse_size
 
 STATES = ("weights", "gradients", "master", "moments", "target", "frozen")
 TINY = {
@@ -300,7 +301,9 @@ def test_devices_are_found_by_what_torch_calls_them():
 
 @pytest.mark.parametrize(("text", "number"), [("141GB", 141e9), ("80 GiB", 80 * 2**30), ("1.5tb", 1.5e12)])
 def test_sizes_are_read_as_people_write_them(text, number):
-    assert size(text) == number
+    assert parse_size(text, plain=False) == number
+    with pytest.raises(ConfigError, match="is not a size"):  # 80 bytes are no GPU's memory
+        parse_size("80", plain=False)
 
 
 def test_gradients_of_groups_are_what_param_rules_train():

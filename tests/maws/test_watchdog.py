@@ -15,6 +15,7 @@ import pytest
 
 from maws import dist, peers, watchdog
 from maws.config import FaultsConfig
+from maws.data.workers import Worker
 from maws.history import read
 from maws.peers import Hub, Limits, Peer, Spoke, Verdict, standing_still
 from maws.watchdog import Watchdog, listen
@@ -332,8 +333,8 @@ def test_a_stopped_process_is_named_after_peer_seconds(two, tmp_path):
 
 def test_a_hang_leaves_the_stacks_of_all_ranks_and_takes_the_workers_along(two, tmp_path):
     def with_a_worker(dog: Watchdog) -> None:
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
-        worker.start()
+        worker = Worker(lambda step: time.sleep(60))  # type: ignore[arg-type, return-value]
+        worker.ask(12)
         (tmp_path / "worker").write_text(str(worker.pid))
         stuck_here()
 
