@@ -1,16 +1,19 @@
-"""The text tower: transformers' XLM-RoBERTa, read at its first token (recipes §8.1).
+"""The text tower: transformers' XLM-RoBERTa, or its BERT with XLM-R's tokens (recipes §8.1).
 
 Axes: B captions, T tokens, D width.
 """
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from maws.models.init import Constant, Gather, InitRules, Normal
+from maws.models.init import Constant, InitRules, Normal
 
 PAD, BOS, EOS, UNKNOWN = 1, 0, 2, 3  # fairseq's numbering, recipes §8.2
+
+
+LAYOUTS = {"xlmr": PAD + 1, "bert": 0}  # -> the row of the position table that <s> takes
+POOLS = ("first", "mean")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,26 @@ class TextShape:
     eps: float = 1e-5  # of every norm
     pool: str = "first"  # what a caption is: its first token, or the "mean" of all that are not padding
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes that no tower has."""
+        if self.layout not in LAYOUTS or self.pool not in POOLS:
+            raise ValueError(
+                f"a text tower has layout {' or '.join(LAYOUTS)} and pool {' or '.join(POOLS)}, "
+                f"not {self.layout!r} and {self.pool!r}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"a text tower of width {self.width} cannot have {self.heads} heads of the same size")
+        if not 0 < self.context <= self.longest:
+            raise ValueError(
+                f"a text tower with {self.positions} positions reads captions of 1 to {self.longest} pieces, "
+                f"not {self.context}"
+            )
+
+    @property
+    def longest(self) -> int:
+        """Pieces of the longest caption that the position table has rows for."""
+        return self.positions - LAYOUTS[self.layout] - 2
+
 
 TEXT_VARIANTS: dict[str, TextShape] = {
     "xlmr_base": TextShape(width=768, depth=12, heads=12),
@@ -40,7 +63,7 @@ TEXT_VARIANTS: dict[str, TextShape] = {
 
 
 class TextTower(nn.Module):
-    """Token ids in, the last hidden state of the first token out; no pooler, no further norm."""
+    """Token ids in, one vector for each caption out: the last hidden state pooled, without a pooler or further norm."""
 
     def __init__(self, shape: TextShape) -> None:
         from maws.models.xlm_roberta import build_encoder  # imports transformers: seconds, which other stages save
@@ -54,30 +77,17 @@ class TextTower(nn.Module):
 
         The mask is never left out: without it padding changes the result (recipes §8.2).
         """
-        return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
+        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # B T D
+        if self.shape.pool == "first":
+            return hidden[:, 0]
+        there = mask[..., None].to(hidden.dtype)  # B T 1
+        return (hidden * there).sum(1) / there.sum(1).clamp(min=1)
 
     def init_rules(self, prefix: str = "") -> InitRules:
-        """XLM-R's own: normal with deviation 0.02, zero biases, unit norms."""
+        """XLM-R's own, which are BERT's: normal with deviation 0.02, zero biases, unit norms."""
         p = prefix.replace(".", r"\.")
         return [
             (p + r".*LayerNorm\.weight", Constant(1.0)),
             (p + r".*\.bias", Constant(0.0)),
             (p + r".*\.weight", Normal(0.02)),
         ]
-
-
-@torch.no_grad()
-def load_pretrained(tower: TextTower, name: str, gather: Gather, writer: bool) -> None:
-    """Give a (possibly partitioned) text tower the weights of a local folder or hub name, from safetensors only.
-
-    Raises ValueError when a tensor does not fit.
-    """
-    from maws.models.xlm_roberta import read_pretrained
-
-    source = read_pretrained(name) if writer else {}
-    for key, param in tower.encoder.named_parameters():
-        with gather([param]):
-            if writer:
-                if key not in source or source[key].shape != param.shape:
-                    raise ValueError(f"{name} has no tensor {key} of shape {tuple(param.shape)}")
-                param.copy_(source[key])

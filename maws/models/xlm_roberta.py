@@ -1,7 +1,9 @@
-"""transformers' XLM-RoBERTa: the one place that imports it, which takes seconds (see models/text.py)."""
+"""transformers' XLM-RoBERTa and BERT: the one place that imports them, which takes seconds (see models/text.py)."""
+
+from typing import Any
 
 from torch import nn
-from transformers import XLMRobertaConfig, XLMRobertaModel
+from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
 
 from maws.models.text import BOS, EOS, PAD, TextShape
 
@@ -13,32 +15,35 @@ class XLMRoberta(XLMRobertaModel):
         """Nothing: values come from `TextTower.init_rules` (models/init.py)."""
 
 
-def build_encoder(shape: TextShape) -> XLMRobertaModel:
+class Bert(BertModel):
+    """The same of BERT: it counts positions from 0, and every row of its table is trained."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing, as above."""
+
+
+def build_encoder(shape: TextShape) -> XLMRobertaModel | BertModel:
     """The encoder of a text shape, without a pooler and without values."""
-    return XLMRoberta(_config(shape), add_pooling_layer=False)
+    if shape.layout == "bert":
+        return Bert(BertConfig(**_settings(shape)), add_pooling_layer=False)
+    return XLMRoberta(XLMRobertaConfig(**_settings(shape)), add_pooling_layer=False)
 
 
-def read_pretrained(name: str) -> dict[str, nn.Parameter]:
-    """The parameters of a local folder or a hub name, from safetensors only."""
-    model = XLMRobertaModel.from_pretrained(name, add_pooling_layer=False, use_safetensors=True)
-    return dict(model.named_parameters())
-
-
-def _config(shape: TextShape) -> XLMRobertaConfig:
-    """The transformers config of a text shape; 514 positions of which the first two are never used (recipes §11.5)."""
-    return XLMRobertaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.depth,
-        num_attention_heads=shape.heads,
-        intermediate_size=4 * shape.width,
-        hidden_dropout_prob=shape.dropout,
-        attention_probs_dropout_prob=shape.dropout,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        hidden_act="gelu",
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-    )
+def _settings(shape: TextShape) -> dict[str, Any]:
+    """What transformers calls the parts of a shape; XLM-R never uses the first two of its 514 positions (§11.5)."""
+    return {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.mlp or 4 * shape.width,
+        "hidden_dropout_prob": shape.dropout,
+        "attention_probs_dropout_prob": shape.dropout,
+        "max_position_embeddings": shape.positions,
+        "type_vocab_size": shape.types,
+        "layer_norm_eps": shape.eps,
+        "hidden_act": "gelu",
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }

@@ -24,6 +24,7 @@ def networks() -> dict[str, nn.Module]:
         "mae": MaskedAutoencoder(SHAPE, 16, DecoderShape(24, 1, 2, "conv", restore=True)),
         "several class tokens": MaskedAutoencoder(several, 16, DecoderShape(24, 1, 2), encode_mask_tokens=True),
         "relative positions": VisionTransformer(relative, 16, Options(fp32_attention=True)),
+        "BERT's layout": TextTower(replace(TEXT_VARIANTS["atto"], layout="bert", types=2, pool="mean")),
         "two towers": TwoTower(VisionTransformer(SHAPE, 16), TextTower(TEXT_VARIANTS["atto"]), 24),
     }
 
