@@ -34,6 +34,7 @@ MAX_KEY: Final = 90  # characters: key + ".json" fits the 100 bytes of a ustar n
 BLOCK: Final = 512  # tar block
 RECORD: Final = 20 * BLOCK  # tars are padded to whole records
 TAKEDOWN: Final = ".takedown"  # folder of a takedown under way
+FEATURES: Final = "features"  # folder of what a locked image tower makes of the pictures (maws/feature_cache.py)
 IMAGE_EXTENSIONS: Final = ("jpg", "png", "webp")
 
 INDEX_SCHEMA: Final = pa.schema(

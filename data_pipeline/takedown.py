@@ -5,7 +5,7 @@
 
 The shards that hold them are written again without them; names and labels of all else stay, images per class are
 counted down. SHARDS/tombstones.jsonl says what went, by hash, so that `build --tombstones` lets none of it in again.
-The data page in SHARDS, which may show what went, is removed.
+The data page and cached features in SHARDS, which may show what went, are removed.
 
 All new files are made in SHARDS/.takedown first. Once they are whole, a marker says so, and they take their places, the
 manifest last. Killed before the marker, nothing has changed; killed after it, the set is refused as unfinished until a
@@ -380,6 +380,7 @@ def _finish(path: Path) -> None:
                     os.replace(stage / name, path / name)
             for name in plan["gone"]:
                 (path / name).unlink(missing_ok=True)
+            shutil.rmtree(path / shardset.FEATURES, ignore_errors=True)
             sync_folder(path / "shards")
             os.replace(stage / "manifest.json", path / "manifest.json")
             sync_folder(path)

@@ -261,7 +261,7 @@ def _parse(hint: Any, text: str, path: str) -> Any:
 
 
 # Settings that a run fills in while it starts, and what they are before.
-UNKNOWN: dict[str, Any] = {"synsets": 0, "text.vocabulary": 0}
+UNKNOWN: dict[str, Any] = {"synsets": 0, "text.vocabulary": 0, "text_sha256": "", "features_sha256": ""}
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

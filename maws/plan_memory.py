@@ -9,18 +9,18 @@ step rehearsed on the meta device (maws/rehearsal.py). tests/maws/test_planning.
 
 from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from maws import stages
-from maws.config import ConfigError, EngineConfig, TrainConfig, load_json, nearest, override
-from maws.ds_config import DS_CONFIGS, chosen
+from maws.config import ConfigError, EngineConfig, TrainConfig, load_json, override
+from maws.ds_config import chosen, path_of
 from maws.models.flops import SYNSETS
 from maws.models.text import TEXT_VARIANTS
 from maws.momentum import HasTarget
+from maws.objectives.chunked_softmax import chosen_chunk
 from maws.objectives.contrastive import Contrastive
 from maws.optim import treat
 from maws.rehearsal import Footprint, on_meta, rehearse
@@ -28,7 +28,7 @@ from maws.rehearsal import Footprint, on_meta, rehearse
 CONTEXT = 2 * 2**30  # CUDA context, NCCL's and the libraries' workspaces, beside torch's allocator: ours, not measured
 # Bytes of each element while the (fused) optimizer is at it: its gradient in fp32, and in bf16 the copy it is made of
 ADAM_STEP = {4: 4, 2: 6}
-LEAVES = ("Block", "XLMRobertaLayer")  # gathered in one piece (maws/engine.py)
+LEAVES = ("Block", "XLMRobertaLayer", "BertLayer")  # gathered in one piece (maws/engine.py)
 GPUS_PER_NODE = 8
 
 
@@ -101,11 +101,7 @@ class Zero:
     @classmethod
     def named(cls, name: str, gpus_per_node: int = GPUS_PER_NODE) -> "Zero":
         """Of a file of ds_configs/, or of a path that ends in .json."""
-        path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
-        if not path.is_file():
-            known = sorted(p.stem for p in DS_CONFIGS.glob("*.json"))
-            raise ConfigError(f"engine.ds_config={name}: there is no {path}; {nearest(name, known)}")
-        found: dict[str, Any] = load_json(path).get("zero_optimization", {})
+        found: dict[str, Any] = load_json(path_of(name)).get("zero_optimization", {})
 
         def number(key: str, default: float) -> int:
             value = found.get(key, default)
@@ -146,6 +142,8 @@ def filled(cfg: Any, synsets: int = 0) -> tuple[Any, list[str]]:
         changes.append(f"text.vocabulary={ids}")
         if not text.pretrained:
             assumed.append(f"a tokenizer of {ids:,} ids")
+    if cfg.data.features == "cache":
+        assumed.append("samples are as large on disk as with their pictures, which cached features leave unread")
     target = getattr(cfg, "target", None)
     if target is not None and target.kind == "pca" and not target.file:
         changes.append("target.kind=pixels")
@@ -244,12 +242,17 @@ class Subject:
         return zero.reduce_bucket * zero.contiguous + max(min(zero.reduce_bucket, sum(self.trained)), *self.trained)
 
     def _across(self, found: Footprint, micro: int, ranks: int) -> tuple[int, int]:
-        """What a loss over all ranks' pairs adds: features of all, and scores of this rank's rows against them."""
+        """What a loss over all ranks' pairs adds: the features of all; while it is computed, a gradient of their size,
+        three matrices of a chunk's scores and two of its features.
+        """
         if not isinstance(self.objective, Contrastive) or ranks == 1:
             return found.saved, found.passing
-        others = micro * (ranks - 1)
-        width = self.objective.towers.vision_projection.shape[1]
-        return found.saved + others * 4 * 2 * (width + micro), found.passing + others * 4 * 2 * micro
+        towers, pairs = self.objective.towers, micro * ranks
+        width, gathered = towers.vision_projection.shape[1], 1 if towers.logit_bias is not None else 2
+        features = 4 * pairs * width
+        chunk = min(self.objective.chunk or chosen_chunk(micro, pairs), pairs)
+        passing = features + 4 * chunk * (3 * micro + 2 * width)
+        return found.saved + gathered * features, max(found.passing, passing)
 
     def with_settings(self, *settings: str) -> "Subject":
         """The same with other settings; the model is built again only where they concern it."""

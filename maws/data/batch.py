@@ -48,8 +48,9 @@ class LabelledBatch(Batch):
 
 
 class PairBatch(Batch):
-    """For contrastive."""
+    """For contrastive; `features` stands in the place of `image` where they are cached."""
 
+    features: NotRequired[Tensor]  # B D, what the locked image tower makes of the images
     token_ids: Tensor  # B T
     token_mask: Tensor  # B T, 1 = a token
 

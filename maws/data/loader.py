@@ -17,11 +17,9 @@ from maws import dist
 from maws.config import ConfigError, DataConfig
 from maws.data.batch import BadSample, Batch
 from maws.data.masks import Grid, Masking, make_mask
-from maws.data.order import Item, Order, Part
+from maws.data.order import MAX_REPLACEMENTS, Item, Order, Part
 from maws.data.photo import read
 from maws.data.views import View, view, view_of
-
-MAX_REPLACEMENTS = 100  # in a row, in one stream: then it is not a sample that is broken but the shard set
 
 Sample = dict[str, Any]
 Load = Callable[[Item], Sample]  # one visit to what one row of the batch holds; BadImage or DataError: use the next one
@@ -48,6 +46,7 @@ class LoadImage:
     """
 
     def __init__(self, cfg: DataConfig, shards: ShardSet, seed: int, image_size: int, second_size: int = 0) -> None:
+        _needs_images(cfg)
         self.view, self.shards, self.seed = view_of(cfg), shards, seed
         self.image_size, self.second_size = image_size, second_size
 
@@ -71,6 +70,7 @@ class LoadTwoViews:
         self, cfg: DataConfig, first: View | None, second: View | None, shards: ShardSet, seed: int, image_size: int,
         same_crop: bool = False,
     ) -> None:  # fmt: skip
+        _needs_images(cfg)
         self.first, self.second = first or view_of(cfg), second or view_of(cfg)
         self.shards, self.seed, self.image_size, self.same_crop = shards, seed, image_size, same_crop
 
@@ -83,6 +83,14 @@ class LoadTwoViews:
             "image": view(cut, size, self.first.changes(size, rng)),
             "image_other": view(cut_other, size, self.second.changes(size, other)),
         }
+
+
+def _needs_images(cfg: DataConfig) -> None:
+    if cfg.features != "images":
+        raise ConfigError(
+            f"data.features={cfg.features}: this reads images, and features are what a locked image tower made of "
+            f"them; leave it at images, or train stage lit with lock=image"
+        )
 
 
 @dataclass

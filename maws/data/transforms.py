@@ -28,13 +28,12 @@ class Preprocess:
     squash: bool = False  # both sides to `resize`, without keeping the aspect: MAWS's finetuned classifiers
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Resize, cut the centre: uint8 3 H W."""
-        target, (w, h) = self.resize or self.image_size, image.size
-        scale = target / min(w, h)
-        size = (target, target) if self.squash else (max(target, round(w * scale)), max(target, round(h * scale)))
+        """Resize, cut the centre, with torchvision's roundings: uint8 3 H W."""
+        target = self.resize or self.image_size
+        size = (target, target) if self.squash else _short_side(image, target)
         if size != image.size:
             image = image.resize(size, Image.Resampling[self.interpolation.upper()])
-        left, top = (size[0] - self.image_size) // 2, (size[1] - self.image_size) // 2
+        left, top = round((size[0] - self.image_size) / 2), round((size[1] - self.image_size) / 2)
         return to_tensor(image.crop((left, top, left + self.image_size, top + self.image_size)))
 
     def to_json(self) -> dict[str, Any]:

@@ -120,18 +120,19 @@ def wsp_head(width: int, synsets: int = SYNSETS, head: str = "mlp") -> int:
 
 
 def locked_image_text(
-    shape: Shape, side: int, text: TextShape, joint_width: int, batch: int = 0, lock: str = "image"
+    shape: Shape, side: int, text: TextShape, joint_width: int, batch: int = 0, lock: str = "image", loss: str = "clip"
 ) -> Cost:
     """One LiT pair: the locked tower runs forward only, the other one and both projections are trained.
 
-    Each image meets each caption of the global `batch`, and each caption each image; cached image features leave out
-    the frozen part.
+    Each image meets each caption of the global `batch` and, with CLIP's loss, each caption each image; cached image
+    features leave out the frozen part.
     """
     tokens = text.context + 2  # <s> and </s>; captions are padded to this length
     towers = {"image": trunk(shape, side), "text": blocks(tokens, text.width, text.depth)}
     frozen = towers.pop(lock, 0)
     projections = (shape.width + text.width) * joint_width
-    return Cost(sum(towers.values()) + projections + 2 * batch * joint_width, frozen)
+    scores = (2 if loss == "clip" else 1) * batch * joint_width
+    return Cost(sum(towers.values()) + projections + scores, frozen)
 
 
 def head(width: int, hidden: int = HEAD_WIDTH, depth: int = 2) -> int:

@@ -83,6 +83,16 @@ def test_no_byte_of_the_picture_and_no_word_of_its_caption_stays(shards, make):
     assert b"k003" in rest  # only its tombstone, by which it is kept out
 
 
+def test_cached_features_of_the_pictures_go_with_them(shards):
+    cache = shards / "features" / "tower-crops"
+    cache.mkdir(parents=True)
+    (cache / "00000.arrow").write_bytes(b"of k003 too")
+    takedown.takedown(shards, Wanted(keys=["k003"]), reason="asked", dry_run=True)
+    assert cache.is_dir()
+    takedown.takedown(shards, Wanted(keys=["k003"]), reason="asked")
+    assert not (shards / "features").exists() and len(ShardSet.open(shards)) == 39
+
+
 def test_untouched_shards_are_not_written_again(shards):
     before = {path.name: path.stat().st_mtime_ns for path in (shards / "shards").iterdir()}
     takedown.takedown(shards, Wanted(keys=["k003"]))
