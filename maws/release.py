@@ -16,7 +16,7 @@ The mean stands in for the weights where that is asked for: `release.ema`, or th
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ from maws.data.masks import Masking, make_mask
 from maws.data.tokenizer import Tokenizer
 from maws.data.tokenizer import load_tokenizer as load_tokenizer_folder
 from maws.data.transforms import Preprocess
-from maws.files import sync, write_json, write_whole
+from maws.files import sync, whole_folder, write_json, write_whole
 from maws.models.mae import DecoderShape, MaskedAutoencoder
 from maws.models.text import TextShape, TextTower
 from maws.models.two_tower import TwoTower
@@ -118,17 +118,15 @@ def open_release(path: str | Path) -> Release:
 def write_release(
     folder: Path, weights: Weights | Mapping[str, Tensor], config: dict[str, Any], preprocess: Preprocess,
     extras: dict[str, Path] | None = None, ema: Weights | None = None, max_shard: int = MAX_SHARD,
+    verify: Callable[[Release], None] | None = None,
 ) -> None:  # fmt: skip
     """Put a release together under a temporary name and rename it. Rank 0 only; `extras` are copied in by name.
 
     The weights are taken one by one, first `weights`, then `ema`. Raises OSError when the disk is full and the like;
-    nothing is left of it then, and what the folder held before stays.
+    nothing is left of it then, nor when `verify` raises, and what the folder held before stays.
     """
-    tmp, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(f"tmp-old-{folder.name}")
-    shutil.rmtree(tmp, ignore_errors=True)
-    try:
-        tmp.mkdir(parents=True)
-        weights = weights if isinstance(weights, Weights) else Weights.of(weights)
+    weights = weights if isinstance(weights, Weights) else Weights.of(weights)
+    with whole_folder(folder) as tmp:
         write_weights(tmp, "model", weights, max_shard)
         if ema is not None:
             write_weights(tmp, "ema", ema, max_shard)
@@ -139,15 +137,8 @@ def write_release(
             copy = shutil.copytree if source.is_dir() else shutil.copyfile
             copy(source, tmp / name)
         sync(tmp)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    tmp.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        if verify is not None:
+            verify(open_release(tmp))
 
 
 def model_card(config: dict[str, Any], parameters: int) -> str:
@@ -185,11 +176,17 @@ def load_image_tower(release: Release) -> VisionTransformer:
 def load_masked_autoencoder(release: Release) -> "Reconstructor":
     """Encoder and decoder of an MAE or LC-MAE release. Raises CheckpointError for others, and targets not of pixels."""
     config = release.config
+    if "decoder" not in config and "imported_from" in config.get("train", {}):
+        raise CheckpointError(
+            f"{release.folder} was imported from {config['train']['imported_from']}, which holds an encoder and no "
+            f"decoder, so there is nothing to paint with (the released MAE files of facebookresearch/maws and mae are "
+            f"encoders only, github.com/facebookresearch/maws/issues/4); import a file of the whole autoencoder"
+        )
     if "decoder" not in config:
         raise CheckpointError(
             f"{release.folder} is a {release.stage} release; only those of mae and lc_mae keep a decoder"
         )
-    kind = _target_kind(config)
+    kind = target_kind(config)
     if kind not in ("norm_pixels", "pixels"):
         raise CheckpointError(
             f"{release.folder} predicts {kind}, which cannot be painted; only MAE releases with "
@@ -203,7 +200,7 @@ def load_masked_autoencoder(release: Release) -> "Reconstructor":
     return Reconstructor(_loaded(mae, read_weights(release), release), masking, norm_pix=kind == "norm_pixels")
 
 
-def _target_kind(config: dict[str, Any]) -> str:
+def target_kind(config: dict[str, Any]) -> str:
     """Before there were other targets, a release said norm_pix and mask_ratio instead of target and mask."""
     if "target" in config:
         return config["target"]["kind"]
@@ -219,13 +216,21 @@ def load_two_tower(release: Release) -> TwoTower:
         )
     text = TextTower(TextShape(**release.config["text"]))
     towers = TwoTower(
-        VisionTransformer(release.shape, release.config["image_size"]), text, release.config["joint_width"]
-    )
+        VisionTransformer(release.shape, release.config["image_size"]), text, release.config["joint_width"],
+        bias=release.config.get("loss") == "siglip",
+    )  # fmt: skip
     return _loaded(towers, read_weights(release), release)
 
 
 def load_tokenizer(release: Release) -> Tokenizer:
-    """The tokenizer of a LiT release."""
+    """The tokenizer of a LiT release. Raises CheckpointError for one that was imported without, DataError as below."""
+    imported = release.config.get("train", {}).get("imported_from")
+    if imported and not (release.folder / "tokenizer").is_dir():
+        raise CheckpointError(
+            f"{release.folder} has no tokenizer, because {imported} holds none: import it again with --tokenizer "
+            f"FOLDER --overwrite (python -m maws import), or copy the sentencepiece.bpe.model of "
+            f"FacebookAI/xlm-roberta-base to {release.folder / 'tokenizer'}"
+        )
     return load_tokenizer_folder(release.folder / "tokenizer", release.config["text"]["context"])
 
 

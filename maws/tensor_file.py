@@ -106,6 +106,15 @@ class TensorFile(AbstractContextManager["TensorFile"]):
     def keys(self) -> set[str]:
         return set(self._entries)
 
+    @property
+    def names(self) -> list[str]:
+        """In the order of the header."""
+        return list(self._entries)
+
+    def place(self, name: str) -> int:
+        """Where the values of a tensor begin, in bytes from the start of the file."""
+        return self._start + self._entries[name][1]
+
     def spec(self, name: str) -> Spec:
         """Raises KeyError for a tensor that is not there, as the functions below do."""
         return self._entries[name][0]
@@ -116,10 +125,10 @@ class TensorFile(AbstractContextManager["TensorFile"]):
 
     def read_flat(self, name: str, first: int, last: int) -> Tensor:
         """Elements [first, last) of a tensor seen as one row."""
-        spec, place = self._entries[name]
+        spec = self.spec(name)
         out = torch.empty(last - first, dtype=spec.dtype)
         view = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        offset = self._start + place + first * spec.dtype.itemsize
+        offset = self.place(name) + first * spec.dtype.itemsize
         while view:
             got = os.preadv(self._descriptor, [view], offset)
             if not got:

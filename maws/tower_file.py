@@ -8,6 +8,7 @@ Axes: B images, C class tokens, N patches, T = C + N tokens, D width, H heads, d
 import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -85,8 +86,17 @@ class TowerFile(AbstractContextManager["TowerFile"]):
         return value
 
 
+class Tower(Protocol):
+    """What can be read tensor by tensor: TowerFile, or a file of another project (import_check.py)."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    def read(self, name: str, fit: Fit | None = None) -> Tensor: ...
+
+
 @torch.no_grad()
-def reference_tokens(tower: TowerFile, images: Tensor, fit: Fit) -> Tensor:
+def reference_tokens(tower: Tower, images: Tensor, fit: Fit) -> Tensor:
     """Tokens after the final norm (B T D) of normalised images (B 3 H W): the ViT of recipes §1.2 in plain float32
     operations, with one block's weights in memory at a time, on the images' device.
     """

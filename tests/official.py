@@ -105,6 +105,40 @@ def swag_shapes(d: int, depth: int, p: int, n: int, classes: int = 0) -> Shapes:
     return shapes | ({"head.layers.head.weight": (classes, d), "head.layers.head.bias": (classes,)} if classes else {})
 
 
+def clip_shapes(d: int, depth: int, p: int, n: int, e: int, dt: int, layers: int, v: int, positions: int) -> Shapes:
+    """maws_clip, recipes §11.3 and §11.5 with the newer names; Dt text width, V ids."""
+    at = "text_encoder.encoder.transformer."
+    shapes: Shapes = {"logit_scale": (), "vision_projection": (d, e), "text_projection": (dt, e)}
+    shapes |= {f"vision_encoder.{name}": size for name, size in maws_shapes(d, depth, p, n).items()}
+    shapes |= {
+        f"{at}token_embedding.weight": (v, dt), f"{at}positional_embedding.embedding.weight": (positions, dt),
+        f"{at}embedding_layer_norm.weight": (dt,), f"{at}embedding_layer_norm.bias": (dt,),
+    }  # fmt: skip
+    for i in range(layers):
+        layer = f"{at}layers.layers.{i}."
+        shapes |= {
+            f"{layer}self_attn.in_proj_weight": (3 * dt, dt), f"{layer}self_attn.in_proj_bias": (3 * dt,),
+            f"{layer}self_attn.out_proj.weight": (dt, dt), f"{layer}self_attn.out_proj.bias": (dt,),
+            f"{layer}linear1.weight": (4 * dt, dt), f"{layer}linear1.bias": (4 * dt,),
+            f"{layer}linear2.weight": (dt, 4 * dt), f"{layer}linear2.bias": (dt,),
+            f"{layer}norm1.weight": (dt,), f"{layer}norm1.bias": (dt,),
+            f"{layer}norm2.weight": (dt,), f"{layer}norm2.bias": (dt,),
+        }  # fmt: skip
+    return shapes
+
+
+def older_text_names(tensors: Tensors) -> Tensors:
+    """As the older maws_clip files call the same tensors (recipes §11.5)."""
+    for new, old in (
+        ("layers.layers.", "layers."), ("self_attn.in_proj_", "attention.input_projection."),
+        ("self_attn.out_proj", "attention.output_projection"), ("linear1", "residual_mlp.mlp.0"),
+        ("linear2", "residual_mlp.mlp.3"), (".norm1.", ".attention_layer_norm."), (".norm2.", ".final_layer_norm."),
+    ):  # fmt: skip
+        text = "text_encoder."
+        tensors = {n.replace(new, old) if n.startswith(text) else n: value for n, value in tensors.items()}
+    return tensors
+
+
 OFFICIAL: dict[str, Callable[..., Shapes]] = {
     "mae": mae_shapes, "long_seq_mae": long_shapes, "lut": lut_shapes, "maws": maws_shapes, "swag": swag_shapes,
 }  # fmt: skip

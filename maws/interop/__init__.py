@@ -1,28 +1,33 @@
 """Weights of other projects, read and written: one file per layout, which is found by file name.
 
     found = read_foreign("mae_pretrain_vit_base.pth")      # layout, sizes and names by what is in the file
-    tower = found.build()                                  # VisionTransformer or MaskedAutoencoder, loaded strictly
-    print("\\n".join(found.report()))
+    model = found.build()                                  # VisionTransformer, MaskedAutoencoder or TwoTower, strictly
+    print("\n".join(found.report()))
 
-A layout file has `detect(keys)`, `to_ours(tensors, heads)`, `from_ours(converted)` and WRAPPER, the entry of the file
-that the official code puts the tensors in ("" if none).
+A layout of a file has `detect(keys)`, `to_ours(tensors, heads)`, `from_ours(converted)` and WRAPPER, the entry of the
+file that the official code puts the tensors in ("" if none). A layout of a library's folder has `read_folder(path)`.
 """
 
 import importlib
+import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from maws.checkpoint import CheckpointError
 from maws.config import nearest
 from maws.interop.archive import read_archive
-from maws.interop.converted import Converted
+from maws.interop.converted import Converted, ConvertedClip
+from maws.tensor_file import specs_of, write_tensors
 
-LAYOUTS = ("swag", "lut", "long_seq_mae", "mae", "maws")  # the more particular first
+LAYOUTS = ("maws_clip", "swag", "lut", "long_seq_mae", "mae", "maws")  # of files; the more particular first
+FOLDERS = ("timm", "open_clip")  # what these libraries save: a folder, or the file of weights in it
+OURS = "ours"
+SAVED = r"(model|ema|pytorch_model|open_clip_model|open_clip_pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin|pth)"
 
 
 class Layout(Protocol):
@@ -32,7 +37,7 @@ class Layout(Protocol):
         """Do these names of tensors follow the layout?"""
         ...
 
-    def to_ours(self, tensors: Mapping[str, Tensor], heads: int = 0) -> Converted:
+    def to_ours(self, tensors: Mapping[str, Tensor], heads: int = 0) -> Converted | ConvertedClip:
         """Under our names. `heads` of the encoder's attention, which no file says (0: by the width, models/vit.py).
 
         Raises CheckpointError for tensors that are missing, unknown, or of another shape than the rest implies.
@@ -44,11 +49,22 @@ class Layout(Protocol):
         ...
 
 
+class FolderLayout(Protocol):
+    def read_folder(self, path: Path, heads: int = 0) -> Converted | ConvertedClip:
+        """A folder of the library, or its file of weights, under our names. Raises CheckpointError as Layout does."""
+        ...
+
+
 def load_layout(name: str) -> Layout:
-    """A layout by name. Raises CheckpointError for an unknown one, with the nearest."""
+    """A layout of files by name. Raises CheckpointError for an unknown one, with the nearest."""
     if name not in LAYOUTS:
-        raise CheckpointError(f"there is no weight layout {name!r}; {nearest(name, LAYOUTS)}")
+        raise CheckpointError(f"there is no weight layout {name!r}; {nearest(name, (*LAYOUTS, *FOLDERS))}")
     return importlib.import_module(f"maws.interop.{name}")  # type: ignore[return-value]
+
+
+def load_folder_layout(name: str) -> FolderLayout:
+    assert name in FOLDERS
+    return importlib.import_module(f"maws.interop.{name}_layout")  # type: ignore[return-value]
 
 
 def detect_layout(keys: Collection[str], wrapper: str = "") -> str:
@@ -67,27 +83,89 @@ def detect_layout(keys: Collection[str], wrapper: str = "") -> str:
     return (in_it or found)[0]
 
 
-def read_foreign(path: str | Path, layout: str = "auto", entry: str = "", heads: int = 0) -> Converted:
-    """A file of another project under our names; tensors of a .pth stay on the disk until they are used.
+def saved_by(folder: Path) -> str:
+    """The library that saved a folder, OURS for a run or a release, "" for another one."""
+    if (folder / "open_clip_config.json").is_file():
+        return "open_clip"
+    try:
+        said = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        said = {}
+    if isinstance(said, dict) and "architecture" in said:
+        return "timm"
+    if isinstance(said, dict) and {"stage", "lineage"} <= said.keys():
+        return OURS
+    return ""
+
+
+def detect_folder(path: Path) -> str:
+    """The library that saved a folder, or the file of weights in it, whose config.json says how its images are made.
+
+    "" for other files. Raises CheckpointError for another folder, and for a release of ours or its files.
+    """
+    folder = path if path.is_dir() else path.parent
+    if not path.is_dir() and not re.fullmatch(SAVED, path.name):
+        return ""
+    if (library := saved_by(folder)) == OURS:
+        raise CheckpointError(f"{folder} is a release of ours already; use it as it is")
+    if path.is_dir() and not library:
+        raise CheckpointError(
+            f"{path} is not a file; give one file of weights: .pth, .pt, .bin or .safetensors, or a folder that timm "
+            f"or open_clip saved"
+        )
+    return library
+
+
+def read_foreign(path: str | Path, layout: str = "auto", entry: str = "", heads: int = 0) -> Converted | ConvertedClip:
+    """What another project saved under our names; tensors stay on the disk until they are used.
 
     `entry` of a file that holds several sets of weights, such as model_ema; `heads` where the width does not tell.
     Raises CheckpointError, naming the file, for whatever cannot be read.
     """
-    archive = read_archive(Path(path), entry)
+    return open_foreign(path, layout, entry, heads).converted
+
+
+class Foreign(NamedTuple):
+    """What a file holds: under our names, and under its own (nothing for a library's folder)."""
+
+    converted: Converted | ConvertedClip
+    tensors: Mapping[str, Tensor]
+
+
+def open_foreign(path: str | Path, layout: str = "auto", entry: str = "", heads: int = 0) -> Foreign:
+    """`read_foreign` for those who also look at the file's own names."""
+    path = Path(path)
+    if layout == "auto":
+        layout = detect_folder(path) or layout
+    if layout in FOLDERS:
+        if not path.exists():
+            raise CheckpointError(f"{path} is not there; give a folder that {layout} saved, or its file of weights")
+        return Foreign(load_folder_layout(layout).read_folder(path, heads), {})
+    archive = read_archive(path, entry)
     try:
         name = detect_layout(archive.tensors, archive.wrapper) if layout == "auto" else layout
         converted = load_layout(name).to_ours(archive.tensors, heads)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     converted.dropped.update(archive.beside)
-    return converted
+    return Foreign(converted, archive.tensors)
 
 
-def write_foreign(path: str | Path, converted: Converted, layout: str) -> None:
-    """Write what the official code of `layout` loads: .safetensors, or with torch.save in the entry it looks for."""
+def write_foreign(path: str | Path, converted: Converted | ConvertedClip, layout: str) -> None:
+    """Write what the official code of `layout` loads: .safetensors, or with torch.save in the entry it looks for.
+
+    The file is there whole or not at all.
+    """
     path, chosen = Path(path), load_layout(layout)
-    tensors = {name: value.contiguous() for name, value in chosen.from_ours(converted).items()}
-    if path.suffix == ".safetensors":
-        save_file(tensors, path, metadata={"format": "pt"})
-    else:
-        torch.save({chosen.WRAPPER: tensors} if chosen.WRAPPER else tensors, path)
+    tensors = chosen.from_ours(converted)  # type: ignore[arg-type]
+    tmp = path.with_name(f".{path.name}.tmp")
+    try:
+        if path.suffix == ".safetensors":
+            specs = specs_of(tensors)
+            write_tensors(tmp, specs, ((name, tensors[name]) for name in specs), {"format": "pt"})
+        else:
+            tensors = {name: value.contiguous() for name, value in tensors.items()}
+            torch.save({chosen.WRAPPER: tensors} if chosen.WRAPPER else tensors, tmp)
+        tmp.replace(path)
+    finally:
+        tmp.unlink(missing_ok=True)

@@ -1,6 +1,10 @@
-"""Files of weights made elsewhere: .pth and .bin by torch.save, and .safetensors. What they say is never run."""
+"""Files of weights made elsewhere: .pth and .bin by torch.save, and .safetensors. What they say is never run.
+
+Tensors stay on the disk until they are used, and their memory is the system's to take back (both kinds are mapped).
+"""
 
 import argparse
+import mmap
 import pickle
 import re
 import zipfile
@@ -10,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from maws.checkpoint import CheckpointError
+from maws.tensor_file import TensorFile
 
 ENTRIES = ("model", "state_dict", "base_model", "module", "trunk")  # where official codes put a model's tensors
+DEEPEST = 8  # entries inside each other; a pickle can hold itself
 PREFIXES = ("module.", "ema.", "_orig_mod.", "base_encoder.", "backbone.", "trunk.")  # wrappers around all of a model
+
+
+NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number; Python names it from 3.13
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,9 @@ def read_archive(path: Path, entry: str = "") -> Archive:
         raise CheckpointError(f"{path} is not a file; give one file of weights: .pth, .pt, .bin or .safetensors")
     content = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
     wrapper, beside = "", dict[str, str]()
-    while isinstance(content, Mapping) and (inside := _inside(content, entry if not wrapper else "")):
+    for _ in range(DEEPEST):
+        if not isinstance(content, Mapping) or not (inside := _inside(content, entry if not wrapper else "")):
+            break
         beside |= {
             f"{name} (entry of the file)": "not weights of the model asked for" for name in content if name != inside
         }
@@ -64,6 +74,9 @@ def _tensors(path: Path, content: Any, beside: dict[str, str]) -> dict[str, Tens
             f"{path} has no tensors where they are looked for (its entries: {', '.join(map(str, content)) or 'none'}); "
             f"name the entry that holds the model"
         )
+    for name, value in tensors.items():
+        if not name.isprintable() or value.layout != torch.strided or value.device.type != "cpu":
+            raise CheckpointError(f"{path}: {name!r} is no plain tensor ({value.layout} on {value.device}), or no name")
     beside |= {str(name): "not a tensor" for name, value in content.items() if not isinstance(value, Tensor)}
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), ""):
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
@@ -71,11 +84,24 @@ def _tensors(path: Path, content: Any, beside: dict[str, str]) -> dict[str, Tens
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
+    """Views of the mapped file; what is written to them stays in memory. Safetensors' own reader maps so too, but a
+    file larger than the machine's memory is refused there: nobody says that most of it will never be written to.
+    """
     try:
-        with safe_open(path, "pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
+        with TensorFile(path) as file, path.open("rb") as source:
+            kind = mmap.MAP_PRIVATE | NORESERVE
+            mapped = mmap.mmap(source.fileno(), 0, flags=kind, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            return {name: _view(file, name, mapped) for name in file.names}
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def _view(file: TensorFile, name: str, mapped: mmap.mmap) -> Tensor:
+    spec, place = file.spec(name), file.place(name)
+    if not spec.bytes:
+        return torch.empty(spec.shape, dtype=spec.dtype)
+    count = spec.bytes // spec.dtype.itemsize
+    return torch.frombuffer(mapped, dtype=spec.dtype, count=count, offset=place).view(spec.shape)
 
 
 def _pickled(path: Path) -> Any:
@@ -95,5 +121,9 @@ def _pickled(path: Path) -> Any:
                 f"only tensors and plain values are read. If you trust it, open it with the code that wrote it and "
                 f"save its tensors alone, for example as .safetensors"
             ) from None
-        line = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is damaged, cut short, or no file of torch.save: {line}") from None
+        if "TorchScript" in str(error):
+            raise CheckpointError(f"{path} is a TorchScript archive, a program; save its state_dict() alone") from None
+        lines = str(error).strip().splitlines()
+        own = lines and not isinstance(error, pickle.UnpicklingError)  # that one's last line is about torch's manual
+        reason = lines[-1] if own else type(error).__name__
+        raise CheckpointError(f"{path} is damaged, cut short, or no file of torch.save: {reason}") from None

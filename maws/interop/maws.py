@@ -1,7 +1,8 @@
 """facebookresearch/maws: a plain state dict of a trunk, with a classifier's head when it was finetuned (recipes §11.2).
 
-The MAE, MAWS and `_ft_in1k` files are read whole. Of a `maws_clip` file the image tower is read; its text tower and
-projections are dropped and listed.
+The MAE, MAWS and `_ft_in1k` files are read whole. Asked for by name, this layout takes the image tower of a `maws_clip`
+file (interop/maws_clip.py) and lists the rest as dropped. Finetuned ones see whole pictures, squashed to a square of
+512 or 518 pixels (recipes §11.4).
 """
 
 from collections.abc import Collection, Mapping
@@ -9,12 +10,14 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from maws.checkpoint import CheckpointError
+from maws.data.transforms import Preprocess
 from maws.interop import mae
-from maws.interop.converted import Converted, check
+from maws.interop.converted import Converted, check, check_numbers
 from maws.interop.sizes import trunk_size
 
 WRAPPER = ""
 IMAGE_TOWER = "vision_encoder."
+FINETUNED = (512, 518)  # pixels of the released classifiers (recipes §9.4), which see whole pictures
 
 
 def detect(keys: Collection[str]) -> bool:
@@ -36,13 +39,15 @@ def to_ours(tensors: Mapping[str, Tensor], heads: int = 0) -> Converted:
     shape, side = trunk_size(weights, heads)
     check(weights, shape, side)
     check_head(head, shape.width)
-    return Converted("maws", shape, side, weights, None, head, dropped)
+    preprocess = Preprocess(side, squash=True) if head and side in FINETUNED else None
+    return Converted("maws", shape, side, weights, None, head, dropped, preprocess)
 
 
 def check_head(head: Mapping[str, Tensor], width: int) -> None:
     """A linear layer from the width to any number of classes, or nothing."""
     if not head:
         return
+    check_numbers(head)
     shapes = {name: tuple(value.shape) for name, value in head.items()}
     classes = shapes.get("head.bias", ())
     if len(classes) != 1 or shapes.get("head.weight") != (*classes, width):

@@ -27,6 +27,8 @@ def trunk_size(tensors: Mapping[str, Tensor], heads: int = 0, positions: str = "
     n = table.shape[1] - tokens
     side = math.isqrt(max(n, 0))
     seen = f"width {width}, {depth} blocks, patch {patch}, {n} positions and {tokens} class token(s)"
+    if not width or not patch:
+        raise CheckpointError(f"{seen}: patch_embed.proj.weight is empty, it has the shape {tuple(patches.shape)}")
     if side * side != n or not n:
         raise CheckpointError(f"{seen}: positions of {n} patches are not those of a square image")
     heads = heads or heads_of(width, seen)
@@ -68,9 +70,17 @@ def decoder_size(tensors: Mapping[str, Tensor], encoder: Shape, patches: int) ->
 
 
 def count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """Blocks, by the largest number after the prefix: a missing one in between is found when names are compared."""
-    numbers = (re.match(re.escape(prefix) + r"(\d+)\.", name) for name in tensors)
-    return 1 + max((int(found[1]) for found in numbers if found), default=-1)
+    """Blocks, by the largest number after the prefix: a missing one in between is found when names are compared.
+
+    Raises CheckpointError for a number that so few tensors cannot lead up to.
+    """
+    numbers = (re.match(re.escape(prefix) + r"(\d{1,9})\.", name) for name in tensors)
+    last = max((int(found[1]) for found in numbers if found), default=-1)
+    if last >= len(tensors):
+        raise CheckpointError(
+            f"there is a {prefix}{last}, and {len(tensors)} tensors in all: those before it are missing"
+        )
+    return 1 + last
 
 
 def _tensor(tensors: Mapping[str, Tensor], name: str, axes: int) -> Tensor:
