@@ -108,6 +108,19 @@ def fit_pca(parser: argparse.ArgumentParser) -> None:
     add("settings", nargs="*", metavar="data.name=value", help="data settings of the run, where it changes them")
 
 
+def cache_features(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--run", required=True, metavar="RUN", help="run or release whose image tower stage lit will lock")
+    add("--shards", required=True, metavar="FOLDER", help="the shard set; the features are kept beside its shards")
+    add("--crops", type=int, default=1, metavar="K", help="of each picture: epoch e takes crop e mod K (default: 1)")
+    add("--dtype", default="float32", metavar="float32|float16|bfloat16", help="as kept (default: float32)")
+    add("--batch", type=int, default=32, metavar="N", help="pictures encoded at once, each K times (default: 32)")
+    add("--seed", type=int, default=0, help="of the crops: those of a training with this seed (default: 0)")
+    add("--workers", type=int, metavar="N", help="processes that read pictures (default: the cores but one, at most 8)")
+    add("--overwrite", action="store_true", help="replace features of this tower and these crops that are there")
+    add("settings", nargs="*", metavar="data.name=value", help="data settings of the training that is to come")
+
+
 def watch(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folders; one that is not there yet is waited for")
@@ -117,15 +130,33 @@ def watch(parser: argparse.ArgumentParser) -> None:
 
 def export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="a run folder, finished or not")
+    add("run", type=Path, metavar="RUN_OR_RELEASE", help="a run folder, finished or not, or a release folder")
+    add("--to", default="safetensors", metavar="safetensors|timm|open_clip|hf", help="form (default: our release form)")
     add("--checkpoint", default="latest", metavar="latest|PATH", help="which one (default: the newest that is whole)")
-    add("--output", required=True, type=Path, metavar="FOLDER", help="the release that is written")
-    add("--overwrite", action="store_true", help="replace a release that is there already")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="the folder that is written")
+    add("--overwrite", action="store_true", help="replace a release or an export that is there already")
     add("--dtype", default="float32", metavar="float32|bfloat16", help="of the values in the files (default: float32)")
     add("--ema", action="store_true", help="the mean of the weights (optim.ema) in their place")
-    add("--max-shard", default="5GB", metavar="SIZE", help="of one file; above it there are several (default: 5GB)")
+    add("--max-shard", default="", metavar="SIZE", help="of one file; above it there are several (default: 5GB)")
+    add("--no-check", dest="check", action="store_false", help="do not load the folder back with the other library")
     add("--shards", default="", metavar="FOLDER", help="where the shard set of a wsp run is now, if it was moved")
     add("--init-from", default="", metavar="RUN", help="where the release the run started from is now, if it was moved")
+
+
+def import_(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help="weights of another project: .pth, .pt, .bin, .safetensors; or folder")
+    layouts = "mae, long_seq_mae, lut, maws, maws_clip, swag, timm, open_clip"
+    add("--from", dest="layout", default="auto", metavar="LAYOUT", help=f"{layouts} (default: by the names in it)")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="the release that is written")
+    add("--overwrite", action="store_true", help="replace a release that is there already")
+    add("--tokenizer", type=Path, metavar="PATH", help="sentencepiece.bpe.model or tokenizer.json, or a folder of it")
+    add("--entry", default="", metavar="NAME", help="of a file with several sets of weights, such as model_ema")
+    add("--heads", type=int, default=0, metavar="N", help="attention heads of the image tower, for an unknown width")
+    add("--dtype", default="float32", metavar="NAME", help="float32, bfloat16 or float16 (default: float32)")
+    add("--lineage", default="", metavar="STAGE,…", help="how it was trained, such as mae,wsp, where you know it")
+    add("--target", default="norm_pixels", metavar="KIND", help="what a decoder predicts: norm_pixels or pixels")
+    add("--max-shard", default="5GB", metavar="SIZE", help="of one file; above it there are several (default: 5GB)")
 
 
 def ledger(parser: argparse.ArgumentParser) -> None:
@@ -161,10 +192,16 @@ COMMANDS: Final = {
         example="vit_l16 vit_2b14 --ranks 8",
     ),
     "export": Command(
-        "a release from a run's checkpoint, on the CPU, without holding the whole model",
+        "a run or a release as a release, or for timm, open_clip or transformers; on the CPU, a tensor at a time",
         export,
-        "maws.export",
-        example="runs/mae --output release/mae --max-shard 2GB",
+        "maws.exporting",
+        example="runs/lit --to open_clip --output lit_open_clip",
+    ),
+    "import": Command(
+        "a release from weights of other projects: MAE, LC-MAE, MAWS, SWAG, timm, open_clip",
+        import_,
+        "maws.importing",
+        example="vit_l16_maws.pt --from maws --output release/maws_l16",
     ),
     "ledger": Command(
         "the sample keys of every step of a run, written down again from its settings",
@@ -183,6 +220,12 @@ COMMANDS: Final = {
         plan,
         "maws.planning",
         example="--stage mae --preset vit_6.5b14 --gpus 64 --gpu h200 --samples 5e9",
+    ),
+    "cache-features": Command(
+        "features of a locked image tower for every picture of a shard set, so that stage lit need not run the tower",
+        cache_features,
+        "maws.cache_features",
+        example="--run runs/mae_wsp --shards shards/ --crops 2 data.crop_scale=0.9,1.0 data.flip=no",
     ),
     "fit-pca": Command("principal components of image patches, a target of stage mae", fit_pca, "maws.pca"),
     "watch": Command(

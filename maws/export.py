@@ -9,7 +9,6 @@ a momentum target's from `average/`), frozen ones from the release the run start
 config.json, or, like fixed position tables, from the formula they started with.
 """
 
-import argparse
 import logging
 import math
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.errors import DataError, UserError
 from maws import checkpoint, config, dist, manifest, stages
@@ -30,24 +29,16 @@ from maws.data.transforms import Preprocess
 from maws.models.init import formula
 from maws.models.text import TextTower
 from maws.models.vit import VisionTransformer
+from maws.pretrained_text import TextWeights, pretrained_sha256
 from maws.release import describe, open_release, write_release
 from maws.seeding import generator
 from maws.tensor_file import Spec
 from maws.tower_file import Fit, TowerFile
-from maws.weight_files import Weights, parse_size
+from maws.weight_files import Weights
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def run(options: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    export(
-        options.run, options.output, options.checkpoint, options.dtype, options.ema, parse_size(options.max_shard),
-        options.overwrite, options.shards, options.init_from,
-    )  # fmt: skip
-    return 0
 
 
 def export(
@@ -156,7 +147,7 @@ class Source:
         self.keys = files.keys()
         self.has_ema = any(key.startswith("ema/") for key in self.keys)
         self._tower, self._names, self._fit = self._handed_over(init_from)
-        self._text: dict[str, nn.Parameter] | None = None
+        self._text: TextWeights | None = None
 
     def weights(self, rename: Callable[[str], str], dtype: torch.dtype, ema: bool) -> Weights:
         """Those that get a name; each value is made when it is asked for."""
@@ -185,7 +176,7 @@ class Source:
         """As it was when the run started, for it was not trained since."""
         if self._tower is not None and name in self._names:
             return self._tower.read(self._names[name], self._fit).float()
-        if (text := self._pretrained_text(name)) is not None:
+        if (text := self._pretrained_text(name, shape)) is not None:
             return text
         init = formula(name, self.objective.init_rules())
         return init.draw(shape, generator(self.cfg.seed, "init", name))
@@ -205,17 +196,22 @@ class Source:
         names = {f"{prefix}.{n}" if prefix else n: n for n in file.names}
         return file, names, Fit(tower.shape, tower.grid, options.align_corners, options.patch)
 
-    def _pretrained_text(self, name: str) -> Tensor | None:
+    def _pretrained_text(self, name: str, shape: torch.Size) -> Tensor | None:
         """A locked text tower comes whole from where it was published."""
         pretrained = getattr(getattr(self.cfg, "text", None), "pretrained", "")
         prefix = next((n + ".encoder." for n, m in self.objective.named_modules() if isinstance(m, TextTower)), "")
         if not pretrained or not name.startswith(prefix):
             return None
         if self._text is None:
-            from maws.models.xlm_roberta import read_pretrained  # imports transformers: seconds
-
-            self._text = read_pretrained(pretrained)
-        return self._text[name.removeprefix(prefix)].detach().float()
+            self._text = TextWeights(pretrained)
+            wanted = getattr(self.cfg, "text_sha256", "")  # older runs have not noted it
+            if wanted and (there := pretrained_sha256(pretrained)) != wanted:
+                raise CheckpointError(
+                    f"text.pretrained={pretrained} is not what the run locked: its hash is {there[:12]}…, config.json "
+                    f"says {wanted[:12]}…; put the weights back that it was started with"
+                )
+        own = name.removeprefix(prefix)
+        return self._text.read(own).float() if own in self._text.names else torch.zeros(shape)  # as load_pretrained
 
 
 class _Shards:

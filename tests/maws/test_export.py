@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import resource
 import shutil
@@ -14,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from releases import same, write_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from training import ROOT
 
 from data_pipeline.errors import DataError
-from maws import config, export, manifest, optim, stages
+from maws import export
 from maws.__main__ import main
 from maws.checkpoint import CheckpointError
 from maws.config import ConfigError
@@ -29,7 +29,6 @@ from maws.models import init
 from maws.models.pos_embed import resize_positions, sincos_2d
 from maws.models.vit import VisionTransformer
 from maws.release import load_image_tower, load_masked_autoencoder, open_release, read_weights
-from maws.seeding import generator
 from maws.tensor_file import TensorFile
 from maws.weight_files import parse_size
 
@@ -41,54 +40,6 @@ STAGES = (
 )  # lit is exported in test_training.py, where transformers is imported anyway
 
 
-def write_run(
-    run: Path, stage: str = "mae", ranks: int = 2, shards: Any = None, ema: bool = False, *settings: str,
-    preset: str = "debug", init_from: str = "", moments: bool = True,
-) -> nn.Module:  # fmt: skip
-    """A run folder with one checkpoint of step 7, and the objective whose values are in it."""
-    module = stages.load(stage)
-    cfg = config.override(stages.preset(stage, preset), settings)
-    if init_from:
-        digest = open_release(init_from).sha256
-        cfg = config.override(cfg, [f"init_from={init_from}", f"init_sha256={digest}"])
-    if shards:
-        cfg = module.prepare(config.override(cfg, [f"data.shards={shards.path}"]), shards, run)
-    objective: Any = module.objective(cfg, shards)
-    init.fill(objective, objective.init_rules(), cfg.seed)
-    if init_from:
-        module.initialise(objective, cfg, init._dense)
-    folder = run / "checkpoints" / "step_0000007"
-    folder.mkdir(parents=True)
-    parts: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
-    elements = {}
-    for name, p in objective.named_parameters():
-        if optim.treat(name, module.param_rules(cfg)) is None and not name.startswith("target."):
-            continue
-        with torch.no_grad():
-            p.add_(torch.randn(p.shape, generator=generator(1, name)))
-        elements[name] = p.numel()
-        kinds = {"average": p} if name.startswith("target.") else {"weight": p}
-        kinds |= {"exp_avg": p + 2, "exp_avg_sq": p + 3} if moments else {}
-        kinds |= {"ema": p + 1} if ema else {}
-        for kind, value in kinds.items():
-            for part, piece in zip(parts, cut(value.detach().flatten(), ranks), strict=True):
-                part[f"{kind}/{name}"] = piece
-    for rank, part in enumerate(parts):
-        save_file(part, folder / f"rank_{rank:05}.safetensors")
-    state = {"format": 1, "step": 7, "ranks": ranks, "order": "o", "elements": elements, "buffers": []}
-    write_json(folder / "state.json", state)
-    manifest.write(folder, [manifest.Entry(p.name, p.stat().st_size, sha256(p)) for p in folder.iterdir()])
-    digest = shards.sha256 if shards else "none"
-    record = {"stage": stage, "preset": preset, "lineage": [stage], "shards_sha256": digest, "revision": "r"}
-    write_json(run / "config.json", record | config.to_json(cfg))
-    return objective
-
-
-def cut(flat: Tensor, ranks: int) -> list[Tensor]:
-    size = math.ceil(len(flat) / ranks)
-    return [part.clone() for part in torch.cat([flat, torch.full((size * ranks - len(flat),), 9.0)]).split(size)]
-
-
 def released(objective: nn.Module, stage: str) -> dict[str, Tensor]:
     """Names and values that a release holds, said once more."""
     prefixes = {"mae": "autoencoder.", "simmim": "model.", "lc_mae": "online.encoder.", "wsp": "backbone."}
@@ -96,10 +47,6 @@ def released(objective: nn.Module, stage: str) -> dict[str, Tensor]:
     if stage == "lc_mae":
         named = {n: p for n, p in named.items() if n.startswith("online.encoder.")}
     return {n.removeprefix(prefixes[stage]): p.detach() for n, p in named.items()}
-
-
-def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> bool:
-    return got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
