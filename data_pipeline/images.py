@@ -222,6 +222,11 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return _Pixels(image).finish(copy=False)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """An opened picture as `decode` gives it: RGB in sRGB, EXIF orientation applied, alpha over white."""
+    return _Pixels(image).finish()
+
+
 def check(data: bytes, limits: Limits | None = None) -> tuple[str, Image.Image]:
     """Format and decoded picture of what may enter a shard; BadImage says why not."""
     kind, image = _open(data, limits or Limits())
@@ -233,7 +238,7 @@ def check(data: bytes, limits: Limits | None = None) -> tuple[str, Image.Image]:
 class _Pixels:
     """A loaded picture on its way to an upright, opaque sRGB one, and what the way changes."""
 
-    def __init__(self, image: ImageFile.ImageFile) -> None:
+    def __init__(self, image: Image.Image) -> None:
         self.bad_profile = False
         self.orientation = orientation(image.info.get("exif", b""))
         self.image = srgb.to_eight_bits(image)
