@@ -13,7 +13,7 @@ import hashlib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any, Final
 
@@ -51,12 +51,8 @@ def read(languages: Iterable[str], rows: Mapping[str, int], uses: Mapping[int, i
 def _entries(language: str, rows: Mapping[str, int], uses: Mapping[int, int]) -> list[dict[str, Any]]:
     lemmas: dict[str, list[int]] = {}
     capitals: dict[str, list[int]] = {}  # the ı of #IŞIK folds to i: what capitals make of a lemma is a spelling too
-    for line in _data(language).decode("utf-8", "replace").splitlines():
-        if line.startswith("#"):
-            continue
-        offset, kind, lemma, *_ = [*line.split("\t"), "", ""]
-        row = rows.get(f"n{offset.removesuffix('-n')}") if offset.endswith("-n") else None
-        if row is not None and kind.rpartition(":")[2] == "lemma":
+    for wnid, lemma in _lines(language):
+        if (row := rows.get(wnid)) is not None:
             lemmas.setdefault(key(lemma), []).append(row)
             capitals.setdefault(key(lemma.upper()), []).append(row)
     found = {**capitals, **lemmas}
@@ -66,6 +62,25 @@ def _entries(language: str, rows: Mapping[str, int], uses: Mapping[int, int]) ->
         for name in sorted(found)
         if name
     ]
+
+
+def nouns(language: str) -> dict[str, list[str]]:
+    """wnid -> its nouns as they are written, each once, in the order of the data."""
+    found: dict[str, dict[str, None]] = {}
+    for wnid, lemma in _lines(language):
+        if noun := lemma.replace("_", " ").strip():
+            found.setdefault(wnid, {})[noun] = None
+    return {wnid: list(lemmas) for wnid, lemmas in found.items()}
+
+
+def _lines(language: str) -> Iterator[tuple[str, str]]:
+    """wnid and lemma of every noun."""
+    for line in _data(language).decode("utf-8", "replace").splitlines():
+        if line.startswith("#"):
+            continue
+        offset, kind, lemma, *_ = [*line.split("\t"), "", ""]
+        if offset.endswith("-n") and kind.rpartition(":")[2] == "lemma":
+            yield f"n{offset.removesuffix('-n')}", lemma
 
 
 def sha256(languages: Iterable[str]) -> dict[str, str]:

@@ -2,36 +2,36 @@ r"""Evaluator zeroshot: classify by the names of the classes alone, with the tex
 
     python -m eval zeroshot --run runs/demo/lit \
         --data demo/emoji/eval-emojione.parquet --classes demo/emoji/classes.json
+    python -m eval zeroshot --run RUN --data imagenet/val --classes imagenet1k --language it
 
-Per class: all templates x all names, embedded, each l2-normalised, averaged, l2-normalised; the score of an image is
-the cosine (recipes 9.3). Letters: T texts, E joint width, B images, S classes.
+The score of an image is its cosine with the class (class_embeddings.py), without the logit scale. Beside top-1, top-5
+and the mean per class there is what was taken for what (confusion.py) and, where classes have synsets, how far off the
+mistakes are in WordNet (hierarchy.py). Letters: E joint width, B images, S classes.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from data_pipeline.errors import UsageError
 from eval.base import EvaluatorConfig, File, Score
-from eval.classes import Classes
+from eval.class_embeddings import class_embeddings
+from eval.confusion import confusion
 from eval.datasets import Data
 from eval.features import Encoder, extract
+from eval.hierarchy import hierarchy_scores
 from eval.metrics import classification
-from eval.progress import Progress
-from eval.templates import Templates, read_templates
-from maws.release import load_tokenizer
+from eval.templates import AUTO, templates_for
 
-TEXTS = 256  # texts encoded at once
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(EvaluatorConfig):
-    templates: str = "default"
-    """A bundled set (eval/prompts/) or a file; --templates sets it."""
+    templates: str = AUTO
+    """A bundled set (eval/prompts/) or a file; auto: those that come with the classes, else default. --templates sets
+    it."""
 
 
 class Zeroshot:
@@ -40,35 +40,25 @@ class Zeroshot:
 
     def __init__(self, cfg: Config, data: Data, seed: int) -> None:
         if not data.classes.named:
-            raise UsageError("zeroshot classifies by the names of the classes; give them with --classes classes.json")
+            raise UsageError(
+                "zeroshot classifies by the names of the classes; give them with --classes classes.json, or one of "
+                "the sets that `python -m eval classes` lists"
+            )
         self.data = data
-        self.templates = read_templates(cfg.templates)
+        self.templates = templates_for(data.classes, cfg.templates)
 
     def run(self, encode: Encoder) -> Iterator[Score | File]:
+        classes, texts = self.data.classes, len(self.templates.texts)
+        log.info("templates: %d, %s; language: %s", texts, self.templates.name, classes.language)
+        classifier = class_embeddings(encode, classes, self.templates)  # S E; first: it may refuse
         test = extract(encode, self.data.test, "joint")
-        classifier = class_embeddings(encode, self.data.classes, self.templates)  # S E
+        scores = test.features @ classifier.T  # B S
+        found = classification(scores, test.labels)
+        if any(classes.synsets):
+            found |= hierarchy_scores(scores, test.labels, classes)
+        chosen = {"templates": self.templates.name, "language": classes.language}
         hashes = {"templates": self.templates.sha256}
-        for metric, value in classification(test.features @ classifier.T, test.labels).items():
-            yield Score(metric, value, len(test), hashes=hashes)
-
-
-@torch.no_grad()
-def class_embeddings(encode: Encoder, classes: Classes, templates: Templates) -> Tensor:
-    """One unit vector per class, S E."""
-    texts = [text for names in classes.names for name in names for text in templates(name)]
-    counts = [len(names) * len(templates.texts) for names in classes.names]
-    pieces = embed(encode, texts).split(counts)
-    return F.normalize(torch.stack([piece.mean(dim=0) for piece in pieces]), dim=1)
-
-
-def embed(encode: Encoder, texts: Sequence[str]) -> Tensor:
-    """Unit vectors of texts, T E."""
-    assert encode.release is not None
-    tokenize = load_tokenizer(encode.release)
-    pieces: list[Tensor] = []
-    with Progress("texts", len(texts)) as progress:
-        for start in range(0, len(texts), TEXTS):
-            ids, mask = tokenize(list(texts[start : start + TEXTS]))
-            pieces.append(encode.two_tower.encode_text(ids.to(encode.device), mask.to(encode.device)).float())
-            progress.add(len(ids))
-    return F.normalize(torch.cat(pieces), dim=1)
+        for metric, value in found.items():
+            yield Score(metric, value, len(test), chosen=chosen, hashes=hashes)
+        name = f"{classes.sha256[:8]}-{self.data.test.sha256[:8]}"
+        yield File(f"confusion/zeroshot-{name}.json", confusion(scores, test.labels, classes))
