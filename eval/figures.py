@@ -172,7 +172,7 @@ def score_plot(rows: Sequence[Row], columns: Sequence[str]) -> str:
                 ax.plot(
                     [100 * row.chance] * 2, [place - 0.36, place + 0.36], color="#333333", linewidth=1.2, linestyle=":"
                 )
-        ax.set_yticks(range(len(rows)), [f"{row.evaluator} · {row.metric}" for row in rows])
+        ax.set_yticks(range(len(rows)), [" · ".join(filter(None, (row.evaluator, row.metric, row.on))) for row in rows])
         ax.invert_yaxis()
         ax.set_xlim(left=0)
         ax.set_xlabel("% right, with 95 % intervals; dotted: chance")

@@ -3,21 +3,26 @@
 Letters: B images, S classes.
 """
 
+from typing import Final
+
 import torch
 from torch import Tensor
+
+NEVER: Final = -1e30  # the score of a class that is never guessed
 
 
 def ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """How many classes come before the right one, per image: 0 is a hit. scores B S, labels B -> B.
 
     Equal scores are ordered by class index, as in `argmax`: a collapsed encoder that gives every class the same score
-    must not count as right.
+    must not count as right. All classes come before one that is never guessed, also where few others are left.
     """
     if not torch.isfinite(scores).all():
         raise ValueError("scores hold nan or infinity; no accuracy can be read from them")
     own = scores.gather(1, labels[:, None])  # B 1
     before = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]  # B S
-    return ((scores > own) | ((scores == own) & before)).sum(dim=1)
+    rank = ((scores > own) | ((scores == own) & before)).sum(dim=1)
+    return rank.masked_fill(own[:, 0] == NEVER, scores.shape[1])
 
 
 def topk(scores: Tensor, labels: Tensor, k: int) -> float:

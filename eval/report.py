@@ -23,9 +23,11 @@ from markupsafe import Markup
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.files import write_bytes
 from data_pipeline.shardset import ShardSet
-from eval import contamination, figures, report_samples
+from eval import contamination, figures, report_samples, report_zero_shot
+from eval.report_intervals import DRAWS, IMAGES, NOTHING, SEEDS
 from eval.report_runs import Folder, Run, open_shards, read_folder
-from eval.report_scores import DRAWS, IMAGES, SEEDS, Row, ScoreTable, score_table, verdict
+from eval.report_scores import Row, ScoreTable, score_table, verdict
+from eval.report_tasks import DEFAULT_LANGUAGE, language
 from eval.results import Result
 from maws.config import STAGE_NAMES
 
@@ -96,8 +98,10 @@ def render(path: Path) -> str:
         colours=figures.colours(table.columns),
         verdict=verdict(table, _wsp_steps(folder)) if table.rows else None,
         contamination=contamination.sentences(folder.results),
-        over={SEEDS: "", DRAWS: "d", IMAGES: "i"},
+        over={SEEDS: "", DRAWS: "d", IMAGES: "i", NOTHING: ""},
         score_plot=_score_plot(table, path),
+        score_rows=in_one_language(table.rows),
+        **zero_shot_tables(folder, table),
         loss=_loss(folder, path),
         courses=(courses := _courses(folder)),
         training_plot=_training_plot(courses),
@@ -113,6 +117,22 @@ def render(path: Path) -> str:
         notes=list(dict.fromkeys(folder.notes)),
         software=_software(),
     )
+
+
+def zero_shot_tables(folder: Folder, table: ScoreTable) -> dict[str, Any]:
+    """What pages/zero_shot.html.j2 shows."""
+    hierarchy = report_zero_shot.lines(table.hierarchy)
+    within = {name.removeprefix("within_") for line in hierarchy for name in line.cells if name.startswith("within_")}
+    return {
+        "ways": report_zero_shot.ways(table),
+        "zero_shot_rows": report_zero_shot.side_by_side(table),
+        "mapped": report_zero_shot.mapped(folder.results),
+        "recalls": report_zero_shot.recalls(table.retrieval),
+        "retrieval_lines": report_zero_shot.lines(table.retrieval),
+        "hierarchy_lines": hierarchy,
+        "within": sorted(within, key=int),
+        "confusions": report_zero_shot.confusions(folder),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------- words
@@ -171,13 +191,15 @@ def cards(table: ScoreTable) -> list[dict[str, str]]:
         ("linear", "top1", "linear probe, top-1"),
         ("lowshot", "5-shot/vpt/top1", "5 per class, VPT, top-1"),
         ("zeroshot", "top1", "zero-shot by name, top-1"),
+        ("wsphead", "top1", "zero-shot by WSP head, top-1"),
     ):
-        for row in table.rows:
-            if (row.evaluator, row.metric) == (evaluator, metric):
-                column = max(row.cells, key=lambda c: row.cells[c].mean)
-                times = f"{row.cells[column].mean / row.chance:.0f} × chance" if row.chance else ""
-                value = f"{100 * row.cells[column].mean:.1f} %"
-                found.append({"value": value, "words": words, "column": column, "times": times})
+        row = next((row for row in table.rows if (row.evaluator, row.metric) == (evaluator, metric)), None)
+        if row is not None:
+            column, cell = max(row.cells.items(), key=lambda item: item[1].mean)
+            times = f"{cell.mean / row.chance:.0f} × chance" if row.chance else ""
+            value = f"{100 * cell.mean:.1f} %"
+            found.append({"value": value, "words": words + (f", {row.on}" if row.on else ""), "column": column,
+                          "times": times})  # fmt: skip
     return found
 
 
@@ -258,15 +280,23 @@ def _missing(text: str, command: str) -> Markup:
 
 
 def _score_plot(table: ScoreTable, path: Path) -> Figure:
-    if not table.rows:
+    if not table.everything:
         command = f"python -m eval linear --run {path}/RUN --train TRAIN --data DATA --classes classes.json"
         return Figure(missing=_missing("No results yet. An evaluation adds some:", command))
+    if not table.rows:
+        return Figure(missing=Markup("Only retrieval was measured: see below."))
     return Figure(figures.score_plot(plotted(table.rows), table.columns))
 
 
 def plotted(rows: Sequence[Row]) -> list[Row]:
     """Top-1 rows; the table has the rest."""
-    return [row for row in rows if "top1" in row.metric] or list(rows)
+    rows = in_one_language(rows)
+    return [row for row in rows if "top1" in row.metric] or rows
+
+
+def in_one_language(rows: Sequence[Row]) -> list[Row]:
+    """The other languages stand side by side in a table of their own."""
+    return [row for row in rows if row.task.language == DEFAULT_LANGUAGE] or list(rows)
 
 
 def _loss(folder: Folder, path: Path) -> Figure:
@@ -376,13 +406,18 @@ def _zero_shot(folder: Folder, path: Path) -> Pictures:
 
 def _evaluation_data(results: Sequence[Result]) -> "Data | None":
     """The evaluation set of the first result whose files are still there and still the same."""
-    from eval.datasets import open_data
+    from eval.classes import read_classes
+    from eval.datasets import expanded, open_data
 
     for result in results:
         paths = result.config.get("paths")
-        test = [Path(path) for path in paths.get("data", [])] if isinstance(paths, dict) else []
-        classes = Path(paths["classes"]) if isinstance(paths, dict) and paths.get("classes") else None
-        if not test or not all(path.exists() for path in (*test, *([classes] if classes else []))):
+        paths = paths if isinstance(paths, dict) else {}
+        test = [Path(path) for path in paths.get("data") or []]
+        if not test or not all(path.exists() for path in expanded(test)):
+            continue
+        try:
+            classes = read_classes(paths["classes"], language(result)) if paths.get("classes") else None
+        except UserError:  # their file is gone
             continue
         data = open_data(test, classes=classes)
         if data.test.sha256 == result.hashes.get("data", data.test.sha256):

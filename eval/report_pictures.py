@@ -15,11 +15,11 @@ from torch import Tensor
 
 from data_pipeline.images import BadImage, decode
 from data_pipeline.shardset import ShardSet
+from eval.class_embeddings import class_embeddings
 from eval.datasets import Data
-from eval.evaluators.zeroshot import class_embeddings
 from eval.features import extract, open_encoder
 from eval.figures import png, thumbnail
-from eval.templates import read_templates
+from eval.templates import templates_for
 from maws.data.transforms import Preprocess, normalise
 from maws.release import load_masked_autoencoder, open_release
 
@@ -86,8 +86,8 @@ def guesses(run: Path, data: Data, templates: str, number: int) -> list[Guess]:
     """Half of them right, half wrong where there are enough of both; spread evenly over the evaluation pictures."""
     encode = open_encoder(run, torch.device("cpu"))
     test = extract(encode, data.test, "joint")
-    cosine = test.features @ class_embeddings(encode, data.classes, read_templates(templates)).T  # B S
-    scale = float(encode.two_tower.logit_scale.exp())  # type: ignore[operator]
+    cosine = test.features @ class_embeddings(encode, data.classes, templates_for(data.classes, templates)).T  # B S
+    scale = encode.two_tower.scale()
     probability, best = (scale * cosine).softmax(dim=1).topk(min(3, len(data.classes)), dim=1)  # B 3
     right = best[:, 0] == test.labels
     rows_right, rows_wrong = right.nonzero().flatten().tolist(), (~right).nonzero().flatten().tolist()

@@ -20,9 +20,8 @@ from eval.report_scores import Entrant, lineage_name
 from eval.results import Result
 
 # What may differ between two runs that are repeats of each other.
-NOT_RECIPE = frozenset(
-    {"seed", "run", "init_from", "resume", "revision", "versions", "lineage", "world_size", "ds_config"}
-)
+NOT_RECIPE = {"seed", "order", "run", "init_from", "init_sha256", "features_sha256", "resume"}
+NOT_RECIPE |= {"revision", "versions", "lineage", "world_size", "ds_config"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Run:
     folder: Path
     config: dict[str, Any]
     metrics: list[dict[str, Any]] = field(repr=False)
-    weights_sha256: str | None  # of release/model.safetensors; None while the run is not done
+    weights_sha256: str | None  # of its release, one file or several; None while the run is not done
 
     @property
     def name(self) -> str:
@@ -120,8 +119,25 @@ def _read_run(folder: Path, notes: list[str]) -> Run | None:
     except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{folder.name}: its config.json cannot be read ({error}), the run is left out")
         return None
-    weights = folder / "release" / "model.safetensors"
-    return Run(folder, config, list(_read_metrics(folder)), sha256_file(weights) if weights.is_file() else None)
+    return Run(folder, config, list(_read_metrics(folder)), _weights_sha256(folder, notes))
+
+
+def _weights_sha256(run: Path, notes: list[str]) -> str | None:
+    """The identity of a finished run's weights, one file or several; None while it is not done."""
+    single = run / "release" / "model.safetensors"
+    if single.is_file():
+        return sha256_file(single)
+    if not (run / "release" / "model.safetensors.index.json").is_file():
+        return None
+    from maws.checkpoint import CheckpointError  # torch: only runs of more than 5 GB need it
+    from maws.weight_files import find_weights, weights_sha256
+
+    try:
+        index = find_weights(run / "release")
+        return weights_sha256(index) if index else None
+    except (CheckpointError, OSError) as error:
+        notes.append(f"{run.name}: its weights cannot be read ({error})")
+        return None
 
 
 def _read_metrics(folder: Path) -> Iterator[dict[str, Any]]:

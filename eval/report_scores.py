@@ -1,42 +1,33 @@
-"""results.jsonl -> one table: a row per evaluator and metric, a column per lineage, an interval in every cell.
+"""results.jsonl -> tables: a row per evaluator, metric and evaluation set, a column per lineage, an interval in every
+cell.
 
     MAE, WSP, MAE→WSP, MAE→WSP→LiT        runs of one lineage that differ only in their seed share a column
 
 Pure functions over results; no torch, so that `make demo` can print the table too.
 """
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
+from statistics import fmean
+from typing import NamedTuple
 
+from eval.report_intervals import DRAWS, IMAGES, SEEDS, Score, plain, score, t_interval
+from eval.report_tasks import SHARE, Identity, Task, identity, tasks, unit
 from eval.results import Result
 from maws.config import STAGE_NAMES
 
-EVALUATORS = ("linear", "knn", "lowshot", "zeroshot")  # the order of the table; others follow by name
-
-# Two-sided 95 % quantiles of Student's t, by degrees of freedom; beyond 30 the normal's is within 2 %.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-T95 += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-Z95 = 1.960
-
-SEEDS, DRAWS, IMAGES = "training seeds", "low-shot draws", "evaluation images"
+EVALUATORS = ("linear", "knn", "lowshot", "zeroshot", "wsphead", "retrieval")  # the order of the table; others follow
+HIERARCHY = "hierarchy/"  # metrics of eval/hierarchy.py begin with it; they have a table of their own
+RECALL = re.compile(r"(?:^|/)[rR]@(\d+)$")
 
 
-@dataclass(frozen=True)
-class Score:
-    """A mean with its 95 % interval, and what was repeated to get it."""
+class Key(NamedTuple):
+    """What makes a row."""
 
-    mean: float
-    low: float
-    high: float
-    over: str  # SEEDS, DRAWS or IMAGES
-    count: int  # how many of those
-
-    @property
-    def half_width(self) -> float:
-        return (self.high - self.low) / 2
+    evaluator: str
+    metric: str
+    on: Identity
 
 
 @dataclass(frozen=True)
@@ -46,10 +37,19 @@ class Row:
     cells: dict[str, Score]  # by column
     chance: float | None
     n: tuple[int, ...]  # evaluation images, one number unless the columns differ
+    task: Task
+    on: str = ""  # the task's title, where the evaluator has several
+
+    @property
+    def unit(self) -> str:
+        return unit(self.metric)
 
     @property
     def best(self) -> str | None:
-        return max(self.cells, key=lambda column: self.cells[column].mean) if len(self.cells) > 1 else None
+        if len(self.cells) < 2:
+            return None
+        wins = max if self.unit == SHARE else min
+        return wins(self.cells, key=lambda column: self.cells[column].mean)
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,12 @@ class ScoreTable:
     rows: list[Row]
     runs: dict[str, list[str]]  # column -> run names
     differences: list[Difference] = field(default_factory=list)
+    hierarchy: list[Row] = field(default_factory=list)  # how far off mistakes are in WordNet
+    retrieval: list[Row] = field(default_factory=list)  # R@k
+
+    @property
+    def everything(self) -> list[Row]:
+        return [*self.rows, *self.hierarchy, *self.retrieval]
 
 
 @dataclass(frozen=True)
@@ -95,38 +101,11 @@ def lineage_name(lineage: Sequence[str]) -> str:
     return "→".join(STAGE_NAMES.get(stage, stage) for stage in lineage) or "untrained"
 
 
-def t_interval(values: Sequence[float], over: str) -> Score:
-    """Mean ± t·s/√k; needs two values or more."""
-    mean, k = fmean(values), len(values)
-    t = T95[k - 2] if k - 2 < len(T95) else Z95
-    half = t * stdev(values) / math.sqrt(k)
-    return Score(mean, mean - half, mean + half, over, k)
-
-
-def wilson_interval(value: float, n: int) -> Score:
-    """Wilson's interval for a share of `n` images: the sampling error of the evaluation set alone."""
-    if n <= 0:
-        return Score(value, 0.0, 1.0, IMAGES, n)
-    centre = (value + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * math.sqrt(value * (1 - value) / n + Z95**2 / (4 * n * n))
-    return Score(value, max(0.0, centre - half), min(1.0, centre + half), IMAGES, n)
-
-
-def score(by_run: Sequence[Sequence[float]], n: int) -> Score:
-    """Per run, the value of every draw -> mean, with an interval over training seeds where there are several."""
-    means = [fmean(values) for values in by_run]
-    if len(means) > 1:
-        return t_interval(means, SEEDS)
-    if len(by_run[0]) > 1:
-        return t_interval(by_run[0], DRAWS)
-    return wilson_interval(means[0], n)
-
-
 def newest(results: Iterable[Result]) -> list[Result]:
-    """One result per run, evaluator, metric and seed: the one written last. The file itself keeps them all."""
-    kept: dict[tuple[str, str, str, int], Result] = {}
+    """One result per run, evaluator, metric, task and seed: the one written last. The file itself keeps them all."""
+    kept: dict[tuple[object, ...], Result] = {}
     for result in results:
-        kept[result.run, result.evaluator, result.metric, result.seed] = result
+        kept[result.run, result.evaluator, result.metric, identity(result), result.seed] = result
     return list(kept.values())
 
 
@@ -150,24 +129,48 @@ def score_table(results: Iterable[Result], entrants: Sequence[Entrant] = ()) -> 
     columns = _columns(with_results)
     column_of = {name: column for column, names in columns.items() for name in names}
 
-    values: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = {}
-    sizes: dict[tuple[str, str], dict[str, int]] = {}
-    guess: dict[tuple[str, str], float | None] = {}
+    values: dict[Key, Values] = {}
+    sizes: dict[Key, dict[str, int]] = {}
+    guess: dict[Key, float | None] = {}
     for result in results:
-        key, column = (result.evaluator, result.metric), column_of[result.run]
+        key, column = Key(result.evaluator, result.metric, identity(result)), column_of[result.run]
         values.setdefault(key, {}).setdefault(column, {}).setdefault(result.run, []).append(result.value)
         sizes.setdefault(key, {})[column] = result.n
         guess[key] = chance(result) if guess.get(key) is None else guess[key]
+    of = tasks(results)
+    several = _with_several_tasks(values)
     rows = [
         Row(
-            *key,
-            cells={c: score(list(values[key][c].values()), sizes[key][c]) for c in columns if c in values[key]},
+            key.evaluator,
+            key.metric,
+            cells={c: _cell_of(key.metric, values[key][c], sizes[key][c]) for c in columns if c in values[key]},
             chance=guess[key],
             n=tuple(sorted(set(sizes[key].values()))),
+            task=of[key.on],
+            on=of[key.on].title if key.evaluator in several else "",
         )
-        for key in sorted(values, key=_row_order)
+        for key in sorted(values, key=lambda key: _row_order(key, of))
     ]
-    return ScoreTable(list(columns), rows, columns, _differences(with_results, values, column_of))
+    hierarchy = [row for row in rows if row.metric.startswith(HIERARCHY)]
+    retrieval = [row for row in rows if RECALL.search(row.metric)]
+    plain_rows = [row for row in rows if row not in hierarchy and row not in retrieval]
+    differences = _differences(with_results, values, column_of, of, several)
+    return ScoreTable(list(columns), plain_rows, columns, differences, hierarchy, retrieval)
+
+
+Values = dict[str, dict[str, list[float]]]  # by column and run: a value per draw
+
+
+def _cell_of(metric: str, by_run: dict[str, list[float]], n: int) -> Score:
+    return (score if unit(metric) == SHARE else plain)(list(by_run.values()), n)
+
+
+def _with_several_tasks(keys: Iterable[Key]) -> set[str]:
+    """Evaluators that were run on more than one task: their rows must say on which."""
+    found: dict[str, set[Identity]] = {}
+    for key in keys:
+        found.setdefault(key.evaluator, set()).add(key.on)
+    return {evaluator for evaluator, on in found.items() if len(on) > 1}
 
 
 def _columns(entrants: Sequence[Entrant]) -> dict[str, list[str]]:
@@ -187,24 +190,26 @@ def _columns(entrants: Sequence[Entrant]) -> dict[str, list[str]]:
     return columns
 
 
-def _row_order(key: tuple[str, str]) -> tuple[object, ...]:
-    evaluator, metric = key
+def _row_order(key: Key, of: dict[Identity, Task]) -> tuple[object, ...]:
+    evaluator, metric, on = key
     place = EVALUATORS.index(evaluator) if evaluator in EVALUATORS else len(EVALUATORS)
     numbers = [int(number) for number in re.findall(r"\d+", metric)]
-    return place, evaluator, not metric.startswith("top"), re.sub(r"\d+", "0", metric), numbers
+    return place, evaluator, of[on].order, on, not metric.startswith("top"), re.sub(r"\d+", "0", metric), numbers
 
 
 def _differences(
     entrants: Sequence[Entrant],
-    values: dict[tuple[str, str], dict[str, dict[str, list[float]]]],
+    values: dict[Key, Values],
     column_of: dict[str, str],
+    of: dict[Identity, Task],
+    several: set[str],
 ) -> list[Difference]:
-    """MAE→WSP minus WSP for every metric, over the training seeds both have, at equal WSP steps."""
+    """MAE→WSP minus WSP for every share, over the training seeds both have, at equal WSP steps."""
     ours = {e.seed: e for e in entrants if e.lineage == ("mae", "wsp")}
     theirs = {e.seed: e for e in entrants if e.lineage == ("wsp",)}
     pairs = [(ours[s], theirs[s]) for s in sorted(ours.keys() & theirs.keys()) if ours[s].steps == theirs[s].steps]
     found: list[Difference] = []
-    for key in sorted(values, key=_row_order):
+    for key in sorted((k for k in values if not k.metric.startswith(HIERARCHY)), key=lambda key: _row_order(key, of)):
         both = [
             (a.seed, fmean(values[key][column_of[a.name]][a.name]), fmean(values[key][column_of[b.name]][b.name]))
             for a, b in pairs
@@ -214,7 +219,9 @@ def _differences(
             difference = [a - b for _, a, b in both]
             spread = max(difference) - min(difference) > 1e-9  # equal ones say nothing of the noise
             interval = t_interval(difference, SEEDS) if spread else None
-            found.append(Difference(*key, tuple(seed for seed, _, _ in both), tuple(difference), interval))
+            metric = key.metric + (f" on {of[key.on].title}" if key.evaluator in several else "")
+            seeds = tuple(seed for seed, _, _ in both)
+            found.append(Difference(key.evaluator, metric, seeds, tuple(difference), interval))
     return found
 
 
@@ -263,7 +270,7 @@ def as_text(table: ScoreTable) -> str:
     body = [
         [
             row.evaluator,
-            row.metric,
+            row.metric + (f" on {row.on}" if row.on else ""),
             *(_cell(row.cells.get(column)) for column in table.columns),
             "" if row.chance is None else f"{100 * row.chance:.2f}",
             "/".join(map(str, row.n)),

@@ -68,6 +68,8 @@ def write_run(root: Path, name: str, lineage: list[str], seed: int = 0, steps: i
         "stage": lineage[-1],
         "preset": "demo",
         "seed": seed,
+        "order": {"seed": seed, "streams": 4},
+        "init_sha256": name,  # repeats start from repeats
         "lineage": lineage,
         "model": {"variant": "nano", "image_size": 48},
         "data": {"shards": str(root / "shards")},

@@ -9,25 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from data_pipeline.errors import DataError
 from eval import report, report_runs, report_scores, report_training
+from eval.report_intervals import DRAWS, IMAGES, SEEDS, T95, t_interval, wilson_interval
 from eval.report_scores import (
-    DRAWS,
-    IMAGES,
-    SEEDS,
-    T95,
     Entrant,
     as_text,
     chance,
     lineage_name,
     score_table,
-    t_interval,
     verdict,
-    wilson_interval,
 )
 from eval.results import Result
+from maws.weight_files import Weights, weights_sha256, write_weights
 
 _spec = importlib.util.spec_from_file_location("synthetic", Path(__file__).with_name("synthetic.py"))
 assert _spec and _spec.loader
@@ -260,6 +257,20 @@ def test_scores_of_weights_that_were_trained_again_are_left_out_and_counted(tmp_
     folder = report_runs.read_folder(tmp_path)
     assert folder.results == []
     assert folder.notes == ["1 results of weights that have since been trained again are left out"]
+
+
+def test_a_run_whose_weights_are_in_several_files_is_finished(tmp_path):
+    run = synthetic.write_run(tmp_path, "wsp", ["wsp"])
+    tensors = {f"w{i}": torch.full((64,), float(i)) for i in range(3)}
+    (run / "release").mkdir()
+    write_weights(run / "release", "model", Weights.of(tensors), max_shard=300)
+    assert len(list((run / "release").glob("*.safetensors"))) == 3
+    found = report_runs.read_folder(tmp_path).runs[0]
+    assert found.is_done
+    assert found.weights_sha256 == weights_sha256(run / "release" / "model.safetensors.index.json")
+    (run / "release" / "model-00002-of-00003.safetensors").unlink()
+    broken = report_runs.read_folder(tmp_path)
+    assert not broken.runs[0].is_done and "wsp: its weights cannot be read" in broken.notes[0]
 
 
 def test_a_step_logged_twice_counts_once(tmp_path):
