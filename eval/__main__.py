@@ -4,6 +4,10 @@
         --data demo/emoji/eval-emojione.parquet --classes demo/emoji/classes.json
     python -m eval zeroshot --run runs/demo/lit \\
         --data demo/emoji/eval-emojione.parquet --classes demo/emoji/classes.json
+    python -m eval zeroshot --run RUN --data imagenet/val --classes imagenet1k --language it
+    python -m eval classes imagenet1k
+    python -m eval retrieval --run runs/demo/lit --captions dataset_coco.json --images coco/
+    python -m eval classify photo.jpg --run runs/demo/lit --classes "dog, cat, piano"
     python -m eval report runs/demo --output report.html
 
 Several evaluators share one process and one extraction of features. Scores are appended to RUN/results.jsonl.
@@ -16,18 +20,20 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from data_pipeline.ending import leave, told
-from data_pipeline.errors import UsageError
+from data_pipeline.errors import DataError, UsageError
 
 if TYPE_CHECKING:  # torch and the models take seconds to import: a wrong flag is told at once
     import torch
 
     from eval.base import Entry, Evaluator, Score
+    from eval.captions import Captioned
+    from eval.classes import Classes
     from eval.datasets import Data
     from eval.features import Encoder
     from eval.results import Result
@@ -47,13 +53,24 @@ def parser() -> Parser:
     found = sorted(file.stem for file in (Path(__file__).parent / "evaluators").glob("[a-z]*.py"))
     p = Parser("python -m eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.allow_abbrev = False
-    p.add_argument("evaluators", nargs="+", metavar="EVALUATOR", help=f"{', '.join(found)}; or report RUN_FOLDER")
+    p.add_argument(
+        "evaluators",
+        nargs="+",
+        metavar="EVALUATOR",
+        help=f"{', '.join(found)}; or classify IMAGE; or classes [NAME]; or report RUN_FOLDER",
+    )
     p.add_argument("--run", type=Path, required=True, help="run folder or release folder")
-    p.add_argument("--data", type=Path, nargs="+", required=True, metavar="PATH", help="evaluation data")
+    p.add_argument("--data", type=Path, nargs="+", default=[], metavar="PATH", help="evaluation data")
     p.add_argument("--train", type=Path, nargs="+", default=[], metavar="PATH", help="training data of the probes")
     p.add_argument("--train-labels", type=Path, metavar="FILE", help="Parquet of key, label for --train")
-    p.add_argument("--classes", type=Path, metavar="FILE", help="classes.json: label, name or names, synset")
-    p.add_argument("--templates", metavar="FILE", help="zero-shot prompts: a file, or default or drawings")
+    p.add_argument("--classes", metavar="NAME|FILE", help="a bundled class set (`python -m eval classes`) or a file")
+    p.add_argument("--language", metavar="LANGUAGE", help="class names and templates in it, such as fr")
+    p.add_argument("--templates", metavar="NAME|FILE", help="zero-shot prompts; default: those of the classes")
+    p.add_argument(
+        "--captions", type=Path, metavar="FILE", help="retrieval: COCO, Karpathy, Flickr, Parquet, shard set"
+    )
+    p.add_argument("--images", type=Path, metavar="FOLDER", help="retrieval: the pictures that --captions names")
+    p.add_argument("--split", metavar="NAME", help="retrieval: a split of --captions, or a file of picture names")
     p.add_argument("--results", type=Path, metavar="FILE", help="default: RUN/results.jsonl")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--set", dest="settings", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
@@ -73,36 +90,79 @@ def _run(arguments: list[str]) -> int:
         from eval import report
 
         return int(report.main(arguments[1:]) or 0)
+    if arguments[:1] == ["classes"]:
+        from eval import listing
+
+        print(listing.page(arguments[1:], Parser))
+        return 0
+    if arguments[:1] == ["classify"]:
+        from eval import classify
+
+        return classify.main(arguments[1:], Parser)
     return evaluate(parser().parse_args(arguments))
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    listed = asked_classes(args)  # before torch is imported
     from eval import base, contamination
-    from eval.datasets import open_data
-    from eval.features import open_encoder
+    from eval.features import home, open_encoder, pick_device
 
     entries = configured(args)
     device = pick_device(args.device)
     encode = open_encoder(args.run, device)
     release = encode.release
     assert release is not None
-    data = open_data(args.data, args.train, args.classes, args.train_labels)
-    describe(encode, data, device)
-    output = args.results or args.run / "results.jsonl"
+    data = open_sets(args, listed, {entry.data for entry in entries})
+    describe(encode, data.values(), device)
+    output = args.results or home(release) / "results.jsonl"
     if blind := [entry.name for entry in entries if entry.make.needs_text and release.stage not in WITH_TEXT]:
         raise UsageError(
             f"{', '.join(blind)} needs a text tower, and {args.run} is a {' -> '.join(release.lineage)} run; "
             f"stages with a text tower: {', '.join(WITH_TEXT)} (maws/train.py --stage lit --init-from {args.run})"
         )
-    evaluators = [entry.make(entry.config, data, args.seed) for entry in entries]  # files are read before any work
-    found = contamination.look_up(args.run, data.test)
+    # Files are read before any work.
+    evaluators = [entry.make(entry.config, cast(Any, data[entry.data]), args.seed) for entry in entries]
+    found = {kind: contamination.look_up(home(release), one.test) for kind, one in data.items()}
     table: list[tuple[str, base.Score]] = []
     for entry, evaluator in zip(entries, evaluators, strict=True):
-        table += [(entry.name, score) for score in keep(entry, evaluator, encode, data, found, output, args)]
-    show(table, len(data.classes))
-    print(contamination.sentence(found))
+        mine = data[entry.data], found[entry.data]
+        table += [(entry.name, score) for score in keep(entry, evaluator, encode, *mine, output, args)]
+    show(table, data["labelled"].facts["chance"] if "labelled" in data else None)
+    for sentence in dict.fromkeys(map(contamination.sentence, found.values())):
+        print(sentence)
     print(f"results: {output}")
     return 0
+
+
+def asked_classes(args: argparse.Namespace) -> "Classes | None":
+    """Those of --classes in their --language; a misspelt name, or templates that cannot be read, are told here."""
+    from eval.classes import read_classes
+    from eval.templates import AUTO, read_templates
+
+    if args.language and not args.classes:
+        raise UsageError("--language translates class names: say which with --classes")
+    if args.templates not in (None, AUTO):
+        read_templates(args.templates)
+    return read_classes(args.classes, args.language) if args.classes else None
+
+
+def open_sets(args: argparse.Namespace, listed: "Classes | None", kinds: set[str]) -> "dict[str, Data | Captioned]":
+    """The pictures that the evaluators are about, by what comes with them: labels or captions."""
+    from eval.captions import open_captions
+    from eval.datasets import open_data
+
+    if "labelled" in kinds and not args.data:
+        raise UsageError("the following arguments are required: --data; see `python -m eval --help`")
+    if "captioned" in kinds and args.captions is None:
+        raise UsageError("retrieval needs pictures with captions: give them with --captions FILE and --images FOLDER")
+    if "captioned" not in kinds and (args.captions or args.images or args.split):
+        raise UsageError("--captions, --images and --split belong to retrieval, which is not among the evaluators")
+    data: dict[str, Data | Captioned] = {}
+    if "labelled" in kinds:
+        data["labelled"] = open_data(args.data, args.train, listed, args.train_labels)
+    if "captioned" in kinds:
+        data["captioned"] = open_captions(args.captions, args.images, args.split)
+    return data
 
 
 def configured(args: argparse.Namespace) -> "list[Entry]":
@@ -121,20 +181,7 @@ def configured(args: argparse.Namespace) -> "list[Entry]":
     return entries
 
 
-def pick_device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try auto") from None
-    return device
-
-
-def describe(encode: "Encoder", data: "Data", device: "torch.device") -> None:
+def describe(encode: "Encoder", data: "Iterable[Data | Captioned]", device: "torch.device") -> None:
     """What is about to be evaluated, and what was checked."""
     assert encode.release is not None
     log.info(
@@ -143,19 +190,18 @@ def describe(encode: "Encoder", data: "Data", device: "torch.device") -> None:
         encode.sha256[:12],
         device,
     )
-    for dataset in (data.train, data.test):
-        if dataset is not None:
+    for one in data:
+        for dataset in one.sets.values():
             left = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dataset.left_out.items()))
             log.info("%s data: %s pictures%s", dataset.name, f"{len(dataset):,}", f"; left out: {left}" if left else "")
-    classes = len(data.classes)
-    log.info("classes: %d from %s; chance top-1 is %.2f %%", classes, data.classes.source, 100 / classes)
+        log.info("%s", one.summary())
 
 
 def keep(
     entry: "Entry",
     evaluator: "Evaluator",
     encode: "Encoder",
-    data: "Data",
+    data: "Data | Captioned",
     contamination: dict[str, Any],
     output: Path,
     args: argparse.Namespace,
@@ -169,7 +215,10 @@ def keep(
     scores: list[Score] = []
     for item in evaluator.run(encode):
         if isinstance(item, File):
-            write_bytes(output.parent / item.name, item.text.encode())
+            try:
+                write_bytes(output.parent / item.name, item.text.encode())
+            except OSError as error:
+                raise DataError(f"{error}: give --results in a folder that can be written to") from None
             continue
         result = as_result(entry, item, config, encode, data, args)
         append(output, [replace(result, contamination=contamination)])
@@ -177,23 +226,19 @@ def keep(
     return scores
 
 
-def common_config(entry: "Entry", encode: "Encoder", data: "Data", args: argparse.Namespace) -> dict[str, Any]:
+def common_config(
+    entry: "Entry", encode: "Encoder", data: "Data | Captioned", args: argparse.Namespace
+) -> dict[str, Any]:
     """All that the scores of one evaluator share: enough to make them again."""
     from maws.config import to_json
 
-    sets = {name: dataset for name, dataset in (("train", data.train), ("data", data.test)) if dataset is not None}
     return {
         entry.name: to_json(entry.config),
-        "chance": 1 / len(data.classes),
-        "num_classes": len(data.classes),
-        "paths": {
-            "train": [str(path) for path in args.train],
-            "train_labels": str(args.train_labels) if args.train_labels else None,
-            "data": [str(path) for path in args.data],
-            "classes": str(args.classes) if args.classes else None,
-        },
-        "images": {name: len(dataset) for name, dataset in sets.items()},
-        "left_out": {name: dataset.left_out for name, dataset in sets.items()},
+        **data.facts,
+        "paths": asked_for(entry, args),
+        "language": args.language,
+        "images": {name: len(dataset) for name, dataset in data.sets.items()},
+        "left_out": {name: dataset.left_out for name, dataset in data.sets.items()},
         "precision": "fp32",
         "preprocess": to_json(encode.preprocess),
         "device": str(encode.device),
@@ -201,14 +246,31 @@ def common_config(entry: "Entry", encode: "Encoder", data: "Data", args: argpars
     }
 
 
+def asked_for(entry: "Entry", args: argparse.Namespace) -> dict[str, Any]:
+    """The paths that were given, as they were written."""
+    if entry.data == "captioned":
+        paths = {"captions": args.captions, "images": args.images, "split": args.split}
+    else:
+        paths = {"train": args.train, "train_labels": args.train_labels, "data": args.data, "classes": args.classes}
+    return {
+        name: [str(one) for one in path] if isinstance(path, list) else str(path) if path else None
+        for name, path in paths.items()
+    }
+
+
 def as_result(
-    entry: "Entry", score: "Score", config: dict[str, Any], encode: "Encoder", data: "Data", args: argparse.Namespace
+    entry: "Entry",
+    score: "Score",
+    config: dict[str, Any],
+    encode: "Encoder",
+    data: "Data | Captioned",
+    args: argparse.Namespace,
 ) -> "Result":
     from eval.results import Result
 
-    hashes = {"weights": encode.sha256, "data": data.test.sha256, "classes": data.classes.sha256}
-    if data.train is not None and entry.make.needs_train:
-        hashes["train"] = data.train.sha256
+    hashes = {"weights": encode.sha256, **data.hashes}
+    if "train" in data.sets and entry.make.needs_train:
+        hashes["train"] = data.sets["train"].sha256
     assert encode.release is not None
     return Result(
         run=os.path.normpath(args.run),
@@ -231,19 +293,24 @@ def version(name: str) -> str | None:
         return None
 
 
-def show(table: "list[tuple[str, Score]]", classes: int) -> None:
-    """One line per metric; several seeds as mean and standard deviation."""
+def show(table: "list[tuple[str, Score]]", chance: float | None) -> None:
+    """One line per metric, in % or edges of WordNet; several seeds as mean and standard deviation."""
+    from eval.report_tasks import SHARE, unit
+
     groups: dict[tuple[str, str], list[Score]] = {}
     for name, score in table:
         groups.setdefault((name, score.metric), []).append(score)
-    print(f"\n{'evaluator':<10} {'metric':<20} {'%':>6} {'sd':>5} {'seeds':>5} {'n':>7}")
+    width = max([20, *(len(metric) for _, metric in groups)])
+    print(f"\n{'evaluator':<10} {'metric':<{width}} {'%':>6} {'sd':>5} {'seeds':>5} {'n':>7}")
     for (name, metric), scores in groups.items():
-        values = [100 * score.value for score in scores]
+        values = [score.value * (100 if unit(metric) == SHARE else 1) for score in scores]
         mean = sum(values) / len(values)
         spread = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else None
         deviation = "" if spread is None else f"{spread:.1f}"
-        print(f"{name:<10} {metric:<20} {mean:6.1f} {deviation:>5} {len(values):>5} {scores[0].n:>7,}")
-    print(f"{'chance':<10} {'top1':<20} {100 / classes:6.2f}")
+        edges = "" if unit(metric) == SHARE else "  edges"
+        print(f"{name:<10} {metric:<{width}} {mean:6.1f} {deviation:>5} {len(values):>5} {scores[0].n:>7,}{edges}")
+    if chance is not None:
+        print(f"{'chance':<10} {'top1':<{width}} {100 * chance:6.2f}")
 
 
 if __name__ == "__main__":

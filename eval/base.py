@@ -24,7 +24,10 @@ C = TypeVar("C")
 
 
 class Score(NamedTuple):
-    """A result: fraction in 0..1 over `n` images. `seed` when it differs from the command's."""
+    """A result over `n` images: a fraction in 0..1, or a length in edges of WordNet (hierarchy.py).
+
+    `seed` when it differs from the command's.
+    """
 
     metric: str
     value: float
@@ -64,6 +67,11 @@ class Entry:
     name: str
     config: EvaluatorConfig
     make: type[Evaluator] = field(repr=False)
+
+    @property
+    def data(self) -> str:
+        """What it is given: "labelled" (datasets.Data), or "captioned" (captions.Captioned) where its class says so."""
+        return getattr(self.make, "data", "labelled")
 
 
 def names() -> list[str]:

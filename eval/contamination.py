@@ -31,11 +31,11 @@ class Unknown(Exception):
 
 def look_up(run: Path, test: Dataset) -> dict[str, Any]:
     """What goes into every result: `status` is checked, partly checked or not checked."""
-    contents = [hashlib.sha256(test.read(position)).digest() for position in range(len(test))]
     try:
         lists = [(sha256, _read_list(folder, sha256)) for folder, sha256 in _shard_sets(run)]
     except Unknown as why:
         return {"status": "not checked", "why": str(why)}
+    contents = [hashlib.sha256(test.read(position)).digest() for position in range(len(test))]  # all pictures are read
     listed = [content for content in contents if all(content in copies for _, copies in lists)]
     if not listed:
         return {"status": "not checked", "why": "the shard set was built with --exclude-eval for other pictures only"}
@@ -102,7 +102,8 @@ def _find(shards: str, run: Path) -> Path:
 
 def _lineage(run: Path) -> Iterator[tuple[dict[str, Any], Path]]:
     for _ in range(RUNS):
-        folder = run if (run / "config.json").is_file() and not (run / "model.safetensors").is_file() else run.parent
+        weights = any((run / f"model.safetensors{more}").is_file() for more in ("", ".index.json"))
+        folder = run if (run / "config.json").is_file() and not weights else run.parent
         try:
             config = json.loads((folder / "config.json").read_bytes())
         except (OSError, ValueError, RecursionError):

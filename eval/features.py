@@ -3,8 +3,8 @@
     encoder = open_encoder(Path("runs/demo/mae_wsp"))          # decode -> preprocess -> tower -> class token, float32
     bank = extract(encoder, data.train)                        # bank.features N D, bank.labels N
 
-The cache is RUN/features/*.safetensors, one file per (weights, pre-processing, data); a picture that cannot be decoded
-is dropped, counted and reported, and more than 1 % of them stop the evaluation.
+The cache is RUN/features/*.safetensors, one file per (weights, model, pre-processing, data); a picture that cannot be
+decoded is dropped, counted and reported, and more than 1 % of them stop the evaluation.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, UsageError
 from data_pipeline.files import write_bytes
 from data_pipeline.images import BadImage, decode
 from eval.datasets import Dataset
@@ -40,7 +40,7 @@ Kind = Literal["cls", "joint"]  # class token after the final norm; or projected
 
 MAX_BAD: Final = 0.01  # share of pictures that may be broken
 BATCH: Final = 128
-FORMAT: Final = 1  # of the cache
+FORMAT: Final = 2  # of the cache
 
 
 @dataclass
@@ -77,7 +77,28 @@ class Encoder:
 def open_encoder(run: Path, device: torch.device) -> Encoder:
     """The encoder of a run folder or a release folder, any stage."""
     release = open_release(run)
-    return Encoder(load_image_tower(release), release.preprocess, release.sha256, device, run / "features", release)
+    cache = home(release) / "features"
+    return Encoder(load_image_tower(release), release.preprocess, release.sha256, device, cache, release)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one. Raises UsageError for what is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try auto") from None
+    return device
+
+
+def home(release: Release) -> Path:
+    """The folder for what is made of a release: its run's, or its own when it lies somewhere else.
+
+    Never the path the user gave, which may be that of a file (RUN/release/ema.safetensors).
+    """
+    return release.folder.parent if release.folder.name == "release" else release.folder
 
 
 @dataclass(frozen=True)
@@ -98,11 +119,12 @@ class Features:
 
 
 def extract(encode: Encoder, dataset: Dataset, kind: Kind = "cls") -> Features:
-    """Features of `dataset`, from the cache when weights, pre-processing and data are the same."""
+    """Features of `dataset`, from the cache when weights, model, pre-processing and data are the same."""
     identity = {
         "format": FORMAT,
         "kind": kind,
         "weights": encode.sha256,
+        "model": encode.release.config["model"] if encode.release else None,  # heads and pooling are not in the weights
         "preprocess": asdict(encode.preprocess),
         "data": dataset.sha256,
     }
@@ -175,8 +197,11 @@ class Decoded:
     broken: list[Broken]
 
 
-def decoded(dataset: Dataset, rows: Sequence[int], preprocess: Preprocess, batch: int = BATCH) -> Iterator[Decoded]:
+def decoded(
+    dataset: Dataset, rows: Sequence[int], preprocess: Preprocess, batch: int | None = None
+) -> Iterator[Decoded]:
     """Decode batches in threads (codecs let go of the interpreter lock), a few ahead, in order."""
+    batch = batch or BATCH
 
     def load(positions: Sequence[int]) -> Decoded:
         images: list[Tensor] = []

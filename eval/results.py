@@ -23,7 +23,7 @@ class Result:
     run: str
     evaluator: str
     metric: str
-    value: float  # 0..1
+    value: float  # 0..1; edges of WordNet for heights and distances (report_tasks.unit)
     n: int  # evaluation images behind the value
     seed: int
     config: dict[str, Any]  # everything that was set or chosen, so that the line can be made again

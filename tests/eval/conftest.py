@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Callable, Sequence
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,16 @@ def write_parquet(path: Path, drop: Sequence[str] = (), row_group_size: int = 5,
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({name: values for name, values in columns.items() if name not in drop})
     pq.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
     return path
 
 

@@ -18,8 +18,8 @@ def test_every_file_is_an_evaluator_with_frozen_defaults(name):
         setattr(entry.config, base.keys(entry.config)[0].partition(".")[0], 1)
 
 
-def test_the_four_evaluators_are_found():
-    assert base.names() == ["knn", "linear", "lowshot", "zeroshot"]
+def test_the_evaluators_are_found():
+    assert base.names() == ["knn", "linear", "lowshot", "retrieval", "wsphead", "zeroshot"]
 
 
 def configured(*settings: str) -> dict:

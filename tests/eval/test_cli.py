@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from eval import results
+from eval.classes import read_classes
+from eval.templates import read_templates
 from tests.eval.conftest import atto, corpus, write_parquet, write_run
 
 FAST = ("--set", "lowshot.seeds=2", "vpt.steps=2", "vpt.batch=8", "vpt.prompts=2")
@@ -67,13 +69,35 @@ def test_zeroshot_needs_no_training_data(evaluate, lit_run, files):
     outcome = evaluate(*arguments, "--templates", "drawings")
     assert outcome.code == 0, outcome.err
     lines = list(results.read(lit_run / "results.jsonl"))
-    assert [line.metric for line in lines] == ["top1", "top5", "mean_per_class"]
+    assert [line.metric for line in lines[:3]] == ["top1", "top5", "mean_per_class"]
+    assert all(line.metric.startswith("hierarchy/") for line in lines[3:]) and lines[3:]
+    assert len(list((lit_run / "confusion").glob("zeroshot-*.json"))) == 1
     assert set(lines[0].hashes) == {"weights", "data", "classes", "templates"}
     assert lines[0].config["zeroshot"] == {"templates": "drawings"} and lines[0].lineage == ["mae", "wsp", "lit"]
     assert evaluate(*arguments).code == 0
     assert [line.hashes["templates"] for line in results.read(lit_run / "results.jsonl")][-1] != lines[0].hashes[
         "templates"
     ]
+
+
+def test_zeroshot_with_a_bundled_set_in_another_language(evaluate, lit_run, files):
+    arguments = ("zeroshot", "--run", lit_run, "--data", files.test, "--classes", "imagenet1k")
+    assert evaluate(*arguments, "--language", "it", "--templates", "default").code == 0
+    line = next(results.read(lit_run / "results.jsonl"))
+    assert line.config["paths"]["classes"] == "imagenet1k" and line.config["num_classes"] == 1000
+    assert line.config["language"] == "it"
+    assert line.config["chosen"] == {"templates": "default", "language": "it"}
+    assert line.hashes["classes"] == read_classes("imagenet1k", "it").sha256
+    assert line.hashes["templates"] == read_templates("default.it").sha256
+
+
+def test_class_sets_are_listed(evaluate):
+    every = evaluate("classes")
+    assert every.code == 0 and "imagenet1k     1000     80         en ar it ja zh  objects" in every.out
+    one = evaluate("classes", "oxford-pets")
+    assert "Oxford-IIIT Pets: 37 classes, language en" in one.out and "openai/CLIP data/prompts.md" in one.out
+    assert "  a photo of a {}, a type of pet." in one.out and "\n36  yorkshire terrier\n" in one.out
+    assert "\n0    una tinca" in evaluate("classes", "imagenet1k", "--language", "it").out
 
 
 def test_a_lit_run_has_an_image_tower_for_probes(evaluate, lit_run, paths):
@@ -100,6 +124,12 @@ def test_wrong_usage_is_told(evaluate, run, paths, files):
     refused(evaluate("linaer", "--run", run, *paths), 2, "no evaluator 'linaer'; did you mean linear?")
     refused(evaluate("knn", "--run", run, "--data", files.test), 2, "knn learns from labelled images", "--train PATH")
     refused(evaluate("knn", "--run", run, *paths, "--templates", "default"), 2, "--templates belongs to zeroshot")
+    refused(evaluate("classes", "imagenet2k"), 2, "neither a bundled class set nor a file; did you mean imagenet1k?")
+    refused(evaluate("classes", "cifar10", "--run", "x"), 2, "unrecognized arguments: --run x")
+    bare = ("knn", "--run", run, "--train", files.train, "--data", files.test)
+    refused(evaluate(*bare, "--classes", "food1001"), 2, "--classes food1001: neither", "did you mean food101?")
+    refused(evaluate(*bare, "--language", "fr"), 2, "--language translates class names: say which with --classes")
+    refused(evaluate(*bare, "--classes", "food101", "--language", "fr"), 2, "food101 have no synsets", "there in: en")
     refused(evaluate("knn", "--run", run, *paths, "--device", "abacus"), 2, "--device abacus cannot be used here")
     refused(evaluate("knn", "--run", run, *paths, "--seed", "x"), 2, "argument --seed: invalid int value: 'x'")
 
@@ -174,3 +204,14 @@ def test_as_a_command(files, tmp_path):
     bad = subprocess.run([*command, "--tain"], capture_output=True, text=True)
     assert bad.returncode == 2
     assert bad.stderr == "error: unrecognized arguments: --tain; see `python -m eval --help`\n"
+
+
+def test_a_misspelt_class_set_or_template_file_is_told_before_torch_is_imported():
+    code = (
+        "import sys; from eval.__main__ import main; "
+        "a = [main(['zeroshot', '--run', 'r', '--data', 'd', *more]) for more in "
+        "(['--classes', 'food1'], ['--templates', 'drawing'])]; assert a == [2, 1] and 'torch' not in sys.modules, a"
+    )
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "did you mean food101?" in outcome.stderr and "did you mean drawings?" in outcome.stderr

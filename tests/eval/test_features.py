@@ -1,7 +1,8 @@
 """Frozen features: right, in order, cached by what they depend on, and without broken pictures."""
 
+import json
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from eval import features
 from eval.datasets import open_data
 from eval.features import Encoder, decoded, extract, open_encoder
 from maws.data.transforms import Preprocess, normalise
+from maws.models.vit import VARIANTS
+from maws.release import write_release
+from maws.weight_files import Weights
 from tests.eval.conftest import SIDE, atto, corpus, write_parquet, write_run
 
 CPU = torch.device("cpu")
@@ -24,7 +28,11 @@ def data(files):
 
 
 def test_features_are_the_class_tokens_one_by_one(run, data, monkeypatch):
-    monkeypatch.setattr(features, "BATCH", 5)
+    monkeypatch.setattr(features, "BATCH", 5)  # the last batch has three
+    sizes, tower_of = [], Encoder.__call__
+    monkeypatch.setattr(
+        Encoder, "__call__", lambda e, images, kind: (sizes.append(len(images)), tower_of(e, images, kind))[1]
+    )
     encode = open_encoder(run, CPU)
     found = extract(encode, data.test)
     tower, preprocess = atto(), Preprocess(SIDE)
@@ -33,6 +41,7 @@ def test_features_are_the_class_tokens_one_by_one(run, data, monkeypatch):
         with torch.no_grad():
             expected = tower.forward_features(normalise(image[None], preprocess))[0, 0]
         assert_close(found.features[row], expected, atol=1e-5, rtol=1e-4)
+    assert sizes == [5, 5, 5, 5, 5, 3]
     assert found.features.dtype == torch.float32
     assert found.labels.tolist() == data.test.labels.tolist()
     assert found.keys == data.test.keys
@@ -59,9 +68,36 @@ def test_other_weights_preprocessing_or_data_are_extracted_again(run, data, tmp_
     other.cache = encode.cache
     assert not torch.equal(extract(other, data.test).features, base)
     encode.preprocess = replace(encode.preprocess, resize=SIDE + 8)
-    assert not torch.equal(extract(encode, data.test).features, base)
+    wide = extract(encode, data.test).features
+    assert not torch.equal(wide, base)
+    encode.preprocess = replace(encode.preprocess, squash=True)
+    extract(encode, data.test)
     assert len(extract(open_encoder(run, CPU), data.train)) == len(data.train)
-    assert len(list((run / "features").iterdir())) == 4
+    assert len(list((run / "features").iterdir())) == 5
+
+
+def test_the_same_weights_read_another_way_are_extracted_again(run, data):
+    """Heads and pooling are settings of config.json, which no tensor shows: an import may be made again with others."""
+    base = extract(open_encoder(run, CPU), data.test).features
+    config = json.loads((run / "release" / "config.json").read_text())
+    config["model"]["heads"] *= 2
+    (run / "release" / "config.json").write_text(json.dumps(config))
+    assert not torch.equal(extract(open_encoder(run, CPU), data.test).features, base)
+
+
+@pytest.mark.parametrize("given", ["", "release", "release/ema.safetensors", "alone", "alone/ema.safetensors"])
+def test_the_cache_lies_beside_a_release_also_when_the_file_of_its_mean_is_given(tmp_path, data, given):
+    """A release by itself keeps what is made of it; one that belongs to a run leaves it to the run's folder."""
+    config = {"stage": "wsp", "lineage": ["wsp"], "variant": "atto", "model": asdict(VARIANTS["atto"]), "train": {}}
+    weights, ema = (Weights.of(dict(atto(seed=seed).state_dict())) for seed in (0, 1))
+    folder = tmp_path / ("alone" if given.startswith("alone") else "run/release")
+    write_release(folder, weights, config | {"image_size": SIDE}, Preprocess(SIDE), ema=ema)
+    path = tmp_path / given if given.startswith("alone") else tmp_path / "run" / given
+    found = extract(open_encoder(path, CPU), data.test).features
+    seed = 1 if given.endswith("safetensors") else 0
+    assert_close(found, extract(Encoder(atto(seed=seed), Preprocess(SIDE)), data.test).features)
+    home = tmp_path / ("alone" if given.startswith("alone") else "run")
+    assert len(list((home / "features").iterdir())) == 1
 
 
 def test_a_damaged_cache_is_made_again(run, data, caplog):
