@@ -150,11 +150,11 @@ def chain(out: str, ranks: int, gpus: int = 0, preset: str = "demo", seeds: Sequ
         train("wsp", from_random, seed, alone=not gpus)
     train("lit", "lit", init_from="mae_wsp", alone=not gpus)
     for run in ("mae", *pairs[0][:2]):
-        evaluate(run, PROBES, settings=("lowshot.vpt.batch=32",))  # half of the default's work
+        heads = () if run == "mae" else ("wsphead",)
+        evaluate(run, (*PROBES, *heads), settings=("lowshot.vpt.batch=32",))  # half of the default's work
     for run in (name for pair in pairs[1:] for name in pair[:2]):
-        evaluate(
-            run, PROBES, settings=("lowshot.methods=linear",)
-        )  # VPT costs more than all else; the first seed has it
+        # VPT costs more than all else; the first seed has it
+        evaluate(run, (*PROBES, "wsphead"), settings=("lowshot.methods=linear",))
     evaluate("lit", ("zeroshot",), train_on=None, templates="drawings")
     report = ("python", "-m", "eval", "report", out)
     inputs = (manifest, f"{out}/*/results.jsonl", f"{out}/*/metrics.jsonl", f"{out}/*/config.json")
