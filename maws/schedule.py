@@ -40,7 +40,11 @@ SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
 
 
 def schedule_of(cfg: OptimConfig, warmup: int, total: int, milestone: int) -> Schedule:
-    """The schedule of a run. Raises ConfigError for an unknown one and for a milestone within the warm-up."""
+    """The schedule of a run. Raises ConfigError for an unknown one, a rate that is not above 0, and a milestone within
+    the warm-up.
+    """
+    if not cfg.lr > 0:
+        raise ConfigError(f"optim.lr={cfg.lr:g} trains nothing; give a learning rate above 0")
     if cfg.schedule not in SCHEDULES:
         raise ConfigError(f"optim.schedule={cfg.schedule} is not known; {nearest(cfg.schedule, list(SCHEDULES))}")
     if cfg.schedule != "multistep":

@@ -117,6 +117,9 @@ def test_the_learning_rate_starts_small_and_drops_at_epoch_700():
         schedule.schedule_of(short, warmup=6, total=9, milestone=5)
     with pytest.raises(Exception, match="did you mean cosine"):
         schedule.schedule_of(override(short, ["schedule=cosin"]), 1, 9, 5)
+    for rate in ("0", "-1", "nan"):
+        with pytest.raises(Exception, match="give a learning rate above 0"):
+            schedule.schedule_of(override(short, [f"lr={rate}"]), 1, 9, 5)
 
 
 @pytest.mark.parametrize("name", ["vit_b16", "vit_b16_100ep", "demo"])
