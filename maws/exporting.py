@@ -26,7 +26,7 @@ from torch import Tensor
 
 from maws import export, parity
 from maws.checkpoint import CheckpointError
-from maws.checks.machine import memory_limit
+from maws.checks.machine import free_memory
 from maws.config import ConfigError, nearest
 from maws.export import DTYPES
 from maws.files import sync, whole_folder
@@ -210,15 +210,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def free_memory() -> float:
-    """Bytes that this process may still take; infinity where the system does not say."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return min(int(lines["MemAvailable"].split()[0]) * 1024, memory_limit() or math.inf)
-    except (OSError, KeyError, ValueError):
-        return math.inf
 
 
 def _write_weights(folder: Path, outgoing: Outgoing, files: WeightFiles, dtype: torch.dtype, max_shard: int) -> None:

@@ -6,14 +6,14 @@ text interop/text_reference.py under the names that the file has. The other side
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from maws.checkpoint import CheckpointError
-from maws.checks.machine import memory_limit
+from maws.checks.machine import free_memory
+from maws.devices import GIB
 from maws.handover import fixed_images
 from maws.interop.converted import Converted, ConvertedClip
 from maws.interop.text_reference import our_names, text_features, torchtext_names
@@ -66,8 +66,7 @@ def check(
     """
     parameters = sum(value.numel() for value in converted.weights.values())
     if (need := COPIES * BYTES * parameters) > (free := free_memory()):
-        gib = 2**30
-        return [f"not computed here: loading it takes {need / gib:.1f} GiB, and {free / gib:.1f} GiB are free"]
+        return [f"not computed here: loading it takes {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"]
     if isinstance(converted, ConvertedClip):
         found = _clip(release, converted, original, dtype)
     else:
@@ -78,13 +77,6 @@ def check(
             f"{TOLERANCE:.0e}), so it was not kept; please report the file's source and this line"
         )
     return [str(difference) for difference in found]
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    return min(free, memory_limit() or free)
 
 
 def fixed_captions(shape: TextShape) -> tuple[Tensor, Tensor]:

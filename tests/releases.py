@@ -17,9 +17,10 @@ from maws.models import init
 from maws.models.mae import DecoderShape, MaskedAutoencoder
 from maws.models.text import TextShape, TextTower
 from maws.models.two_tower import TwoTower
-from maws.models.vit import Shape, VisionTransformer
-from maws.release import Release, open_release, write_release
+from maws.models.vit import Shape, VisionTransformer, build_vit
+from maws.release import Release, describe, open_release, write_release
 from maws.seeding import generator
+from maws.weight_files import Weights
 
 TINY = Shape(patch=8, depth=2, width=32, heads=4, image=32)
 TEXT = TextShape(width=32, depth=1, heads=2, vocabulary=0, context=14, dropout=0.0)
@@ -126,3 +127,14 @@ def cut(flat: Tensor, ranks: int) -> list[Tensor]:
 
 def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> bool:
     return got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want)
+
+
+def untrained(folder: Path, seed: int) -> Path:
+    """A release of an image tower that nobody has trained."""
+    tower = build_vit("atto", seed=seed)
+    facts = {
+        "stage": "mae", "lineage": ["mae"], "variant": "atto", "model": describe(tower.shape),
+        "image_size": tower.image_size, "train": {},
+    }  # fmt: skip
+    write_release(folder, Weights.of(dict(tower.state_dict())), facts, Preprocess(tower.image_size))
+    return folder

@@ -1,5 +1,6 @@
 """The machine: processors, memory, disks, limits, clock, ports, and whether two processes can talk."""
 
+import math
 import os
 import resource
 import shutil
@@ -90,6 +91,15 @@ def memory_limit(root: Path = CGROUP) -> int:
             continue
         return 0 if text == "max" or int(text) > 2**60 else int(text)
     return 0
+
+
+def free_memory() -> float:
+    """Bytes that this process may still take; infinity where the system does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return min(int(lines["MemAvailable"].split()[0]) * 1024, memory_limit() or math.inf)
+    except (OSError, KeyError, ValueError):
+        return math.inf
 
 
 def shared_memory(path: Path = SHM) -> Finding:

@@ -6,6 +6,7 @@ import zipfile
 
 import pyarrow.compute as pc
 import pytest
+from nltk_wordnet import nltk_reader
 
 from data_pipeline import wordnet
 from data_pipeline.wordnet import WordNet, squash
@@ -168,19 +169,7 @@ def test_without_a_writable_cache_the_tables_live_in_memory(nouns, monkeypatch, 
 @pytest.mark.slow
 def test_nltk_reads_the_same(nouns, tmp_path):
     """Every noun and every lemma; nltk's own reading of a gloss differs where quotes are inside the definition."""
-    import nltk.data
-    from nltk.corpus.reader.wordnet import WordNetCorpusReader
-
-    root = tmp_path / "corpora" / "wordnet"
-    root.mkdir(parents=True, mode=0o700)
-    with zipfile.ZipFile(wordnet.ARCHIVE) as archive:
-        for member in archive.infolist():
-            if not member.is_dir():
-                (root / member.filename.rpartition("/")[2]).write_bytes(archive.read(member))
-    nltk.data.path.insert(0, str(tmp_path))
-    try:
-        with pytest.warns(UserWarning, match="multilingual functions are not available"):
-            reader = WordNetCorpusReader(str(root), None)
+    with nltk_reader(tmp_path) as reader:
         rows = {synset.offset(): row for row, synset in enumerate(reader.all_synsets("n"))}
         same_gloss = 0
         for synset, ours in zip(reader.all_synsets("n"), nouns.synsets.to_pylist(), strict=True):
@@ -198,7 +187,5 @@ def test_nltk_reads_the_same(nouns, tmp_path):
         for tag in ("bat", "heart", "dog"):
             uses = [next(m.count() for m in s.lemmas() if m.name() == tag) for s in reader.synsets(tag, "n")]
             assert nouns.lemmas.filter(pc.field("squashed") == tag)["uses"].to_pylist() == [uses]
-    finally:
-        nltk.data.path.remove(str(tmp_path))
         for file in reader._data_file_map.values():  # nltk leaves them open
             file.close()

@@ -5,6 +5,7 @@ import zipfile
 
 import pytest
 import torch
+from nltk_wordnet import nltk_reader
 
 from data_pipeline import wordnet
 from eval.classes import Classes
@@ -63,19 +64,7 @@ def test_heights_and_distances_are_those_of_every_path_walked_by_hand(parents):
 
 @pytest.mark.slow
 def test_nltk_finds_the_same_distances_and_common_hypernyms(tmp_path):
-    import nltk.data
-    from nltk.corpus.reader.wordnet import WordNetCorpusReader
-
-    root = tmp_path / "corpora" / "wordnet"
-    root.mkdir(parents=True, mode=0o700)
-    with zipfile.ZipFile(wordnet.ARCHIVE) as archive:
-        for member in archive.infolist():
-            if not member.is_dir():
-                (root / member.filename.rpartition("/")[2]).write_bytes(archive.read(member))
-    nltk.data.path.insert(0, str(tmp_path))
-    try:
-        with pytest.warns(UserWarning, match="multilingual functions are not available"):
-            reader = WordNetCorpusReader(str(root), None)
+    with nltk_reader(tmp_path) as reader:
         hierarchy = Hierarchy(ANIMALS)
         for a, b in itertools.combinations(range(len(ANIMALS)), 2):
             one, two = reader.synset(ANIMALS[a]), reader.synset(ANIMALS[b])
@@ -83,8 +72,6 @@ def test_nltk_finds_the_same_distances_and_common_hypernyms(tmp_path):
             found = common(hierarchy, a, b)
             assert found.distance == one.shortest_path_distance(two)
             assert found.synset in {synset.name() for synset in one.common_hypernyms(two)} | {ANIMALS[a], ANIMALS[b]}
-    finally:
-        nltk.data.path.remove(str(tmp_path))
         for file in reader._data_file_map.values():  # nltk leaves them open
             file.close()
 

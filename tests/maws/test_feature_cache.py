@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from releases import untrained
 from torch import Tensor
 from torch.testing import assert_close
 from training import arguments, losses, run_each
@@ -21,33 +22,19 @@ from maws.__main__ import main, parser
 from maws.config import ConfigError, override
 from maws.data.loader import LoadImage
 from maws.data.order import Item, Part
-from maws.data.transforms import Preprocess
 from maws.feature_cache import MANIFEST, SETTINGS, FeatureCache, LoadFeatures, read_manifest
 from maws.models import init
-from maws.models.vit import build_vit, normalise
-from maws.release import describe, load_image_tower, open_release, write_release
+from maws.models.vit import normalise
+from maws.release import load_image_tower, open_release
 from maws.stages import lit
-from maws.weight_files import Weights
 
 K = 3
 CROP = ["data.crop_scale=0.5,1.0", "data.flip=yes"]
 
 
-def release(folder: Path, seed: int = 0) -> Path:
-    """A release of an image tower that nobody has trained."""
-    tower = build_vit("atto", seed=seed)
-    init.fill(tower, tower.init_rules(), seed)
-    facts = {
-        "stage": "mae", "lineage": ["mae"], "variant": "atto", "model": describe(tower.shape),
-        "image_size": tower.image_size, "train": {},
-    }  # fmt: skip
-    write_release(folder, Weights.of(dict(tower.state_dict())), facts, Preprocess(tower.image_size))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory) -> Path:
-    return release(tmp_path_factory.mktemp("tower") / "release")
+    return untrained(tmp_path_factory.mktemp("tower") / "release", seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +273,7 @@ def test_a_cache_of_other_crops_is_not_taken_and_the_error_says_what_is_there(ca
 
 
 def test_without_a_cache_the_error_prints_the_command_that_makes_it(cached, tmp_path, monkeypatch):
-    other = release(tmp_path / "a tower", seed=1)
+    other = untrained(tmp_path / "a tower", seed=1)
     with pytest.raises(ConfigError, match=r"another tower \(") as refused:
         prepared(other, cached, tmp_path / "run", "data.features=cache", "seed=4", "data.jitter=0.1,0,0,0")
     printed = shlex.split(str(refused.value).split("\n")[1])

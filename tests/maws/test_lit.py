@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from releases import untrained
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,19 +20,16 @@ from maws import manifest, optim, stages
 from maws.checkpoint import CheckpointError
 from maws.config import ConfigError, TrainConfig, load_json, override
 from maws.data.tokenizer import MODEL_FILE, train_tokenizer
-from maws.data.transforms import Preprocess
 from maws.export import export
 from maws.models import init
 from maws.models.flops import Cost
 from maws.models.text import TextShape, TextTower
 from maws.models.two_tower import CLIP_VARIANTS
-from maws.models.vit import build_vit
 from maws.objectives import contrastive
 from maws.plan_memory import Subject, plan_memory
 from maws.rehearsal import LiveBytes, on_meta
-from maws.release import describe, load_two_tower, open_release, write_release
+from maws.release import describe, load_two_tower, open_release
 from maws.stages import lit
-from maws.weight_files import Weights
 
 NO_SHARDS: Any = None
 SHAPE = TextShape(width=32, depth=1, heads=2, vocabulary=400, context=30, mlp=48, positions=34, dropout=0.1)
@@ -141,22 +139,11 @@ def pretrained(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def image_release(folder: Path) -> Path:
-    tower = build_vit("atto", seed=None)
-    init.fill(tower, tower.init_rules(), 1)
-    facts = {
-        "stage": "mae", "lineage": ["mae"], "variant": "atto", "model": describe(tower.shape),
-        "image_size": tower.image_size, "train": {},
-    }  # fmt: skip
-    write_release(folder, Weights.of(dict(tower.state_dict())), facts, Preprocess(tower.image_size))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, shards_path) -> dict[str, Any]:
     """lock=text from scratch against a pretrained text tower by SigLIP's loss; lock=none; as they ended."""
     root = tmp_path_factory.mktemp("locks")
-    text, image = pretrained(root / "xlmr"), image_release(root / "image")
+    text, image = pretrained(root / "xlmr"), untrained(root / "image", seed=1)
     settings = ["text.variant=", f"text.pretrained={text}", "optim.length=12 steps", "checkpoint.every=4 steps"]
     commands = {
         "text": arguments("lit", root / "text", shards_path, *settings, "lock=text", "loss=siglip"),
