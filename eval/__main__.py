@@ -15,6 +15,7 @@ Several evaluators share one process and one extraction of features. Scores are 
 
 import argparse
 import datetime
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -31,10 +32,8 @@ from data_pipeline.errors import DataError, UsageError
 if TYPE_CHECKING:  # torch and the models take seconds to import: a wrong flag is told at once
     import torch
 
-    from eval.base import Entry, Evaluator, Score
-    from eval.captions import Captioned
+    from eval.base import Entry, Evaluated, Evaluator, Score
     from eval.classes import Classes
-    from eval.datasets import Data
     from eval.features import Encoder
     from eval.results import Result
 
@@ -42,6 +41,9 @@ log = logging.getLogger("eval")
 
 WITH_TEXT = ("lit",)  # stages whose release has a text tower
 LIBRARIES = ("torch", "timm", "pyarrow", "pillow", "maws-open")
+# Not evaluators: a module of eval/ each, with main(argv, Parser) -> exit code.
+COMMANDS = ("report", "classes", "classify", "prepare", "shards", "compare", "transfer")
+MODULES = {"classes": "listing", "shards": "write_shards"}  # where the name is taken
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,19 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments[:1] == ["report"]:
-        from eval import report
-
-        return int(report.main(arguments[1:]) or 0)
-    if arguments[:1] == ["classes"]:
-        from eval import listing
-
-        print(listing.page(arguments[1:], Parser))
-        return 0
-    if arguments[:1] == ["classify"]:
-        from eval import classify
-
-        return classify.main(arguments[1:], Parser)
+    if arguments and arguments[0] in COMMANDS:
+        return int(
+            importlib.import_module(f"eval.{MODULES.get(arguments[0], arguments[0])}").main(arguments[1:], Parser)
+        )
     return evaluate(parser().parse_args(arguments))
 
 
@@ -122,13 +115,13 @@ def evaluate(args: argparse.Namespace) -> int:
         )
     # Files are read before any work.
     evaluators = [entry.make(entry.config, cast(Any, data[entry.data]), args.seed) for entry in entries]
-    found = {kind: contamination.look_up(home(release), one.test) for kind, one in data.items()}
+    found = {kind: looked_up(home(release), one) for kind, one in data.items()}
     table: list[tuple[str, base.Score]] = []
     for entry, evaluator in zip(entries, evaluators, strict=True):
         mine = data[entry.data], found[entry.data]
         table += [(entry.name, score) for score in keep(entry, evaluator, encode, *mine, output, args)]
     show(table, data["labelled"].facts["chance"] if "labelled" in data else None)
-    for sentence in dict.fromkeys(map(contamination.sentence, found.values())):
+    for sentence in dict.fromkeys(contamination.sentence(one) for sets in found.values() for one in sets.values()):
         print(sentence)
     print(f"results: {output}")
     return 0
@@ -146,22 +139,30 @@ def asked_classes(args: argparse.Namespace) -> "Classes | None":
     return read_classes(args.classes, args.language) if args.classes else None
 
 
-def open_sets(args: argparse.Namespace, listed: "Classes | None", kinds: set[str]) -> "dict[str, Data | Captioned]":
+def open_sets(args: argparse.Namespace, listed: "Classes | None", kinds: set[str]) -> "dict[str, Evaluated]":
     """The pictures that the evaluators are about, by what comes with them: labels or captions."""
     from eval.captions import open_captions
     from eval.datasets import open_data
 
-    if "labelled" in kinds and not args.data:
+    if kinds - {"captioned"} and not args.data:
         raise UsageError("the following arguments are required: --data; see `python -m eval --help`")
     if "captioned" in kinds and args.captions is None:
         raise UsageError("retrieval needs pictures with captions: give them with --captions FILE and --images FOLDER")
     if "captioned" not in kinds and (args.captions or args.images or args.split):
         raise UsageError("--captions, --images and --split belong to retrieval, which is not among the evaluators")
-    data: dict[str, Data | Captioned] = {}
+    data: dict[str, Evaluated] = {}
     if "labelled" in kinds:
         data["labelled"] = open_data(args.data, args.train, listed, args.train_labels)
     if "captioned" in kinds:
         data["captioned"] = open_captions(args.captions, args.images, args.split)
+    if "pictures" in kinds:
+        from eval.pictures import open_pictures
+
+        data["pictures"] = open_pictures(args.data, listed)
+    if "published" in kinds:
+        from eval.published.sets import open_published
+
+        data["published"] = open_published(args.data)
     return data
 
 
@@ -181,7 +182,7 @@ def configured(args: argparse.Namespace) -> "list[Entry]":
     return entries
 
 
-def describe(encode: "Encoder", data: "Iterable[Data | Captioned]", device: "torch.device") -> None:
+def describe(encode: "Encoder", data: "Iterable[Evaluated]", device: "torch.device") -> None:
     """What is about to be evaluated, and what was checked."""
     assert encode.release is not None
     log.info(
@@ -197,12 +198,19 @@ def describe(encode: "Encoder", data: "Iterable[Data | Captioned]", device: "tor
         log.info("%s", one.summary())
 
 
+def looked_up(run: Path, data: "Evaluated") -> dict[str, dict[str, Any]]:
+    """What is known of copies in the training data, for each set that is evaluated on."""
+    from eval import contamination
+
+    return {name: contamination.look_up(run, dataset) for name, dataset in data.sets.items() if name != "train"}
+
+
 def keep(
     entry: "Entry",
     evaluator: "Evaluator",
     encode: "Encoder",
-    data: "Data | Captioned",
-    contamination: dict[str, Any],
+    data: "Evaluated",
+    contamination: dict[str, dict[str, Any]],
     output: Path,
     args: argparse.Namespace,
 ) -> "list[Score]":
@@ -221,14 +229,12 @@ def keep(
                 raise DataError(f"{error}: give --results in a folder that can be written to") from None
             continue
         result = as_result(entry, item, config, encode, data, args)
-        append(output, [replace(result, contamination=contamination)])
+        append(output, [replace(result, contamination=contamination[item.dataset])])
         scores.append(item)
     return scores
 
 
-def common_config(
-    entry: "Entry", encode: "Encoder", data: "Data | Captioned", args: argparse.Namespace
-) -> dict[str, Any]:
+def common_config(entry: "Entry", encode: "Encoder", data: "Evaluated", args: argparse.Namespace) -> dict[str, Any]:
     """All that the scores of one evaluator share: enough to make them again."""
     from maws.config import to_json
 
@@ -239,7 +245,7 @@ def common_config(
         "language": args.language,
         "images": {name: len(dataset) for name, dataset in data.sets.items()},
         "left_out": {name: dataset.left_out for name, dataset in data.sets.items()},
-        "precision": "fp32",
+        "precision": encode.precision,
         "preprocess": to_json(encode.preprocess),
         "device": str(encode.device),
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
@@ -263,12 +269,15 @@ def as_result(
     score: "Score",
     config: dict[str, Any],
     encode: "Encoder",
-    data: "Data | Captioned",
+    data: "Evaluated",
     args: argparse.Namespace,
 ) -> "Result":
     from eval.results import Result
 
     hashes = {"weights": encode.sha256, **data.hashes}
+    if score.dataset != "data":  # one of several
+        hashes["data"] = data.sets[score.dataset].sha256
+        config = config | {"paths": config["paths"] | {"data": [score.dataset]}}
     if "train" in data.sets and entry.make.needs_train:
         hashes["train"] = data.sets["train"].sha256
     assert encode.release is not None
@@ -279,7 +288,7 @@ def as_result(
         value=score.value,
         n=score.n,
         seed=args.seed if score.seed is None else score.seed,
-        config=config | ({"chosen": dict(score.chosen)} if score.chosen else {}),
+        config=config | dict(score.facts) | ({"chosen": dict(score.chosen)} if score.chosen else {}),
         hashes=hashes | dict(score.hashes),
         lineage=list(encode.release.lineage),
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -294,7 +303,7 @@ def version(name: str) -> str | None:
 
 
 def show(table: "list[tuple[str, Score]]", chance: float | None) -> None:
-    """One line per metric, in % or edges of WordNet; several seeds as mean and standard deviation."""
+    """One line per metric, in % or in its own unit; several seeds as mean and standard deviation."""
     from eval.report_tasks import SHARE, unit
 
     groups: dict[tuple[str, str], list[Score]] = {}
@@ -307,8 +316,8 @@ def show(table: "list[tuple[str, Score]]", chance: float | None) -> None:
         mean = sum(values) / len(values)
         spread = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else None
         deviation = "" if spread is None else f"{spread:.1f}"
-        edges = "" if unit(metric) == SHARE else "  edges"
-        print(f"{name:<10} {metric:<{width}} {mean:6.1f} {deviation:>5} {len(values):>5} {scores[0].n:>7,}{edges}")
+        other = "" if unit(metric) == SHARE else f"  {unit(metric)}"
+        print(f"{name:<10} {metric:<{width}} {mean:6.1f} {deviation:>5} {len(values):>5} {scores[0].n:>7,}{other}")
     if chance is not None:
         print(f"{'chance':<10} {'top1':<{width}} {100 * chance:6.2f}")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 from data_pipeline.errors import UsageError
-from eval.datasets import Data
+from eval.datasets import Dataset
 from eval.features import Encoder
 from maws.config import nearest
 
@@ -24,7 +24,7 @@ C = TypeVar("C")
 
 
 class Score(NamedTuple):
-    """A result over `n` images: a fraction in 0..1, or a length in edges of WordNet (hierarchy.py).
+    """A result over `n` images: a fraction in 0..1, or in the unit that report_tasks.unit gives its metric.
 
     `seed` when it differs from the command's.
     """
@@ -35,6 +35,8 @@ class Score(NamedTuple):
     seed: int | None = None
     chosen: Mapping[str, Any] = types.MappingProxyType({})  # hyper-parameters the evaluator chose, and on what
     hashes: Mapping[str, str] = types.MappingProxyType({})  # of files the score depends on, beside weights and data
+    dataset: str = "data"  # which of the data's `sets` it is a score on
+    facts: Mapping[str, Any] = types.MappingProxyType({})  # more for the result's config: its protocol, …
 
 
 class File(NamedTuple):
@@ -49,13 +51,34 @@ class EvaluatorConfig:
     """What `--set key=value` can change; every evaluator extends it in its own file."""
 
 
+class Evaluated(Protocol):
+    """What an evaluation is about: datasets.Data, captions.Captioned, pictures.Pictures or published.sets.Sets."""
+
+    @property
+    def sets(self) -> Mapping[str, Dataset]:
+        """By the names that results have for them; all but `train` are evaluated on."""
+        ...
+
+    @property
+    def hashes(self) -> Mapping[str, str]: ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What a score means nothing without."""
+        ...
+
+    def summary(self) -> str:
+        """A line for people."""
+        ...
+
+
 class Evaluator(Protocol):
     """What every file in evaluators/ holds, in a class named like the file."""
 
     needs_train: ClassVar[bool]  # learns from labelled images
     needs_text: ClassVar[bool]  # asks the text tower
 
-    def __init__(self, cfg: Any, data: Data, seed: int) -> None: ...
+    def __init__(self, cfg: Any, data: Any, seed: int) -> None: ...
 
     def run(self, encode: Encoder) -> Iterator[Score | File]: ...
 
@@ -70,7 +93,9 @@ class Entry:
 
     @property
     def data(self) -> str:
-        """What it is given: "labelled" (datasets.Data), or "captioned" (captions.Captioned) where its class says so."""
+        """What it is given, as its class says: "labelled" (datasets.Data) if nothing, "captioned" (captions.Captioned),
+        "pictures" (pictures.Pictures: labels are not asked for) or "published" (published.Sets: several sets by name).
+        """
         return getattr(self.make, "data", "labelled")
 
 

@@ -1,10 +1,11 @@
 """Frozen features of a run's encoder, extracted once and cached.
 
-    encoder = open_encoder(Path("runs/demo/mae_wsp"))          # decode -> preprocess -> tower -> class token, float32
+    encoder = open_encoder(Path("runs/demo/mae_wsp"))          # decode -> preprocess -> tower -> a vector, float32
     bank = extract(encoder, data.train)                        # bank.features N D, bank.labels N
+    mean = extract(encoder, data.train, "mean")                # from the same pass over the pictures
 
-The cache is RUN/features/*.safetensors, one file per (weights, model, pre-processing, data); a picture that cannot be
-decoded is dropped, counted and reported, and more than 1 % of them stop the evaluation.
+The cache is RUN/features/*.safetensors, one file per (weights, model, pre-processing, precision, data); a picture that
+cannot be decoded is dropped, counted and reported, and more than 1 % of them stop the evaluation.
 """
 
 import hashlib
@@ -17,9 +18,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -36,11 +38,14 @@ from maws.release import Release, load_image_tower, load_two_tower, open_release
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["cls", "joint"]  # class token after the final norm; or projected beside the text, l2-normalised
+# What stands for a picture: what the tower was trained with (pooled, which is cls or mean); its class token (of several
+# the mean) or the mean of its patches, after the final norm; or what is projected beside the text, l2-normalised.
+Kind = Literal["pooled", "cls", "mean", "joint"]
+View = Callable[[Image.Image, int], Tensor]  # RGB picture and its position in the data set -> uint8 3 H W
 
 MAX_BAD: Final = 0.01  # share of pictures that may be broken
 BATCH: Final = 128
-FORMAT: Final = 2  # of the cache
+FORMAT: Final = 3  # of the cache
 
 
 @dataclass
@@ -53,6 +58,7 @@ class Encoder:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     cache: Path | None = None  # folder; None keeps nothing
     release: Release | None = None  # where the text tower comes from
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         self.tower = self.tower.to(self.device).eval().requires_grad_(False)
@@ -66,12 +72,30 @@ class Encoder:
         """uint8 B 3 H W -> float32 on the encoder's device, normalised."""
         return normalise(images.to(self.device), self.preprocess)
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What one pass of the tower gives; without class tokens there is no `cls`."""
+        return ("cls", "mean") if self.tower.class_tokens else ("mean",)
+
+    def own(self, kind: Kind) -> Kind:
+        """`pooled` as what it is for this tower. Raises UsageError for the class token of a tower without one."""
+        found = cast(Kind, self.tower.shape.pool) if kind == "pooled" else kind
+        if found not in (*self.kinds, "joint"):
+            raise UsageError(f"there are no {found} features: this encoder has no class token; use mean")
+        return found
+
     @torch.no_grad()
-    def __call__(self, images: Tensor, kind: Kind = "cls") -> Tensor:
+    def all(self, images: Tensor) -> dict[Kind, Tensor]:
+        """uint8 B 3 H W -> float32 B D of every kind that the tower has."""
+        tokens = self.tower(self.prepare(images))
+        return {kind: self.tower.pooled(tokens, kind).float() for kind in self.kinds}
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, kind: Kind = "pooled") -> Tensor:
         """uint8 B 3 H W -> float32 B D."""
         if kind == "joint":
             return self.two_tower.encode_image(self.prepare(images)).float()
-        return self.tower.pooled(self.tower(self.prepare(images))).float()
+        return self.tower.pooled(self.tower(self.prepare(images)), self.own(kind)).float()
 
 
 def open_encoder(run: Path, device: torch.device) -> Encoder:
@@ -118,24 +142,28 @@ class Features:
         yield from zip(self.features.split(size), self.labels.split(size), strict=True)
 
 
-def extract(encode: Encoder, dataset: Dataset, kind: Kind = "cls") -> Features:
+def extract(encode: Encoder, dataset: Dataset, kind: Kind = "pooled") -> Features:
     """Features of `dataset`, from the cache when weights, model, pre-processing and data are the same."""
+    kind = encode.own(kind)
+    source = "joint" if kind == "joint" else "tower"
     identity = {
         "format": FORMAT,
-        "kind": kind,
+        "source": source,
         "weights": encode.sha256,
         "model": encode.release.config["model"] if encode.release else None,  # heads and pooling are not in the weights
         "preprocess": asdict(encode.preprocess),
+        "precision": encode.precision,
         "data": dataset.sha256,
     }
     text = json.dumps(identity, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    file = encode.cache / f"{kind}-{dataset.name}-{digest}.safetensors" if encode.cache else None
-    found = _load(file, text) if file else None
+    file = encode.cache / f"{source}-{dataset.name}-{digest}.safetensors" if encode.cache else None
+    found = _load(file, text, kind) if file else None
     if found is None:
-        found = _compute(encode, dataset, kind)
+        every, rows, broken = _compute(encode, dataset, ("joint",) if kind == "joint" else encode.kinds)
         if file:
-            _save(file, text, *found)
+            _save(file, text, every, rows, broken)
+        found = every[kind], rows, broken
     features, rows, broken = found
     if broken:
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(broken.items()))
@@ -156,8 +184,10 @@ def extract(encode: Encoder, dataset: Dataset, kind: Kind = "cls") -> Features:
     )
 
 
-def _compute(encode: Encoder, dataset: Dataset, kind: Kind) -> tuple[Tensor, Tensor, dict[str, int]]:
-    pieces: list[Tensor] = []
+def _compute(
+    encode: Encoder, dataset: Dataset, kinds: Sequence[Kind]
+) -> tuple[dict[Kind, Tensor], Tensor, dict[str, int]]:
+    pieces: dict[Kind, list[Tensor]] = {kind: [] for kind in kinds}
     rows: list[int] = []
     broken: Counter[str] = Counter()
     with Progress(f"features of the {dataset.name} data", len(dataset)) as progress:
@@ -170,13 +200,15 @@ def _compute(encode: Encoder, dataset: Dataset, kind: Kind) -> tuple[Tensor, Ten
                     f"read, such as '{first.key}' ({first.reason}); repair or remove them"
                 )
             if batch.rows:
-                pieces.append(encode(batch.images, kind).cpu())
+                of_batch = encode.all(batch.images) if "joint" not in kinds else None
+                for kind in kinds:
+                    pieces[kind].append((of_batch[kind] if of_batch else encode(batch.images, kind)).cpu())
                 rows += batch.rows
             progress.add(len(batch.rows) + len(batch.broken))
-    features = torch.cat(pieces)
-    if not torch.isfinite(features).all():
+    every: dict[Kind, Tensor] = {kind: torch.cat(parts) for kind, parts in pieces.items()}
+    if not all(torch.isfinite(features).all() for features in every.values()):
         raise DataError(f"the encoder gives nan or infinity on the {dataset.name} data; its weights are damaged")
-    return features, torch.tensor(rows), dict(broken)
+    return every, torch.tensor(rows), dict(broken)
 
 
 # -------------------------------------------------------------------------------------------------------------- decode
@@ -198,9 +230,12 @@ class Decoded:
 
 
 def decoded(
-    dataset: Dataset, rows: Sequence[int], preprocess: Preprocess, batch: int | None = None
+    dataset: Dataset, rows: Sequence[int], preprocess: Preprocess, batch: int | None = None, view: View | None = None
 ) -> Iterator[Decoded]:
-    """Decode batches in threads (codecs let go of the interpreter lock), a few ahead, in order."""
+    """Decode batches in threads (codecs let go of the interpreter lock), a few ahead, in order.
+
+    A `view` shows the pictures in another way than `preprocess`, such as the random crops of training.
+    """
     batch = batch or BATCH
 
     def load(positions: Sequence[int]) -> Decoded:
@@ -209,7 +244,8 @@ def decoded(
         broken: list[Broken] = []
         for position in positions:
             try:
-                images.append(preprocess(decode(dataset.read(position))))
+                image = decode(dataset.read(position))
+                images.append(view(image, position) if view else preprocess(image))
                 good.append(position)
             except BadImage as error:
                 broken.append(Broken(dataset.keys[position], error.reason))
@@ -250,7 +286,7 @@ def pictures(dataset: Dataset, rows: Sequence[int], preprocess: Preprocess) -> T
 # --------------------------------------------------------------------------------------------------------------- cache
 
 
-def _load(file: Path, identity: str) -> tuple[Tensor, Tensor, dict[str, int]] | None:
+def _load(file: Path, identity: str, kind: Kind) -> tuple[Tensor, Tensor, dict[str, int]] | None:
     if not file.is_file():
         return None
     try:
@@ -258,16 +294,16 @@ def _load(file: Path, identity: str) -> tuple[Tensor, Tensor, dict[str, int]] | 
             metadata = stored.metadata() or {}
             if metadata.get("identity") != identity:
                 return None
-            features, rows = stored.get_tensor("features"), stored.get_tensor("rows")
+            features, rows = stored.get_tensor(kind), stored.get_tensor("rows")
         return features, rows, json.loads(metadata["broken"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         log.warning("warning: the cached features %s are damaged (%s) and are made again", file, error)
         return None
 
 
-def _save(file: Path, identity: str, features: Tensor, rows: Tensor, broken: dict[str, int]) -> None:
+def _save(file: Path, identity: str, every: dict[Kind, Tensor], rows: Tensor, broken: dict[str, int]) -> None:
     metadata = {"identity": identity, "broken": json.dumps(broken)}
     try:
-        write_bytes(file, save({"features": features.contiguous(), "rows": rows}, metadata))
+        write_bytes(file, save({**{kind: t.contiguous() for kind, t in every.items()}, "rows": rows}, metadata))
     except OSError as error:
         log.warning("warning: features are not cached, cannot write %s (%s)", file, error)

@@ -17,6 +17,12 @@ from eval.templates import bundled
 Parser = Callable[..., argparse.ArgumentParser]  # one whose errors are UsageErrors
 
 
+def main(arguments: Sequence[str], make_parser: Parser) -> int:
+    """The command `classes`."""
+    print(page(arguments, make_parser))  # noqa: T201  the result of the command
+    return 0
+
+
 def page(arguments: Sequence[str], make_parser: Parser) -> str:
     """What the command prints."""
     parser = make_parser("python -m eval classes", description=__doc__)

@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import logging
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,15 +48,11 @@ class Figure:
     missing: Markup | None = None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval report", description="One HTML page from a folder of runs.")
+def main(argv: Sequence[str], make_parser: Callable[..., argparse.ArgumentParser] = argparse.ArgumentParser) -> int:
+    parser = make_parser(prog="python -m eval report", description="One HTML page from a folder of runs.")
     add_arguments(parser)
     args = parser.parse_args(argv)
-    try:
-        print(write_report(args.folder, args.output))  # noqa: T201  the result of the command
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
+    print(write_report(args.folder, args.output))  # noqa: T201  the result of the command
     return 0
 
 

@@ -1,12 +1,13 @@
 """Commands in the boxes of README.md and docs/: read out, and given to the parser they are for."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 from data_pipeline.errors import UserError
 from eval import classify, listing
-from eval.__main__ import Parser
+from eval.__main__ import MODULES, Parser
 from eval.__main__ import parser as commands_of_eval
 from maws import config, guard, stages, train
 from maws.__main__ import parser as commands_of_maws
@@ -44,6 +45,9 @@ def _accept_evaluation(words: list[str]) -> None:
 
     if words[0] == "classify":
         args = classify.parser(Parser).parse_args(words[1:])
+    elif words[0] in ("prepare", "shards", "compare", "transfer"):
+        importlib.import_module(f"eval.{MODULES.get(words[0], words[0])}").parser(Parser).parse_args(words[1:])
+        return
     elif words[0] == "classes":
         assert listing.page(words[1:], Parser)
         return

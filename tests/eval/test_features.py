@@ -27,20 +27,19 @@ def data(files):
     return open_data([files.test], [files.train], files.classes)
 
 
-def test_features_are_the_class_tokens_one_by_one(run, data, monkeypatch):
+def test_features_are_class_tokens_and_patch_means_one_by_one(run, data, monkeypatch):
     monkeypatch.setattr(features, "BATCH", 5)  # the last batch has three
-    sizes, tower_of = [], Encoder.__call__
-    monkeypatch.setattr(
-        Encoder, "__call__", lambda e, images, kind: (sizes.append(len(images)), tower_of(e, images, kind))[1]
-    )
+    sizes, tower_of = [], Encoder.all
+    monkeypatch.setattr(Encoder, "all", lambda e, images: (sizes.append(len(images)), tower_of(e, images))[1])
     encode = open_encoder(run, CPU)
-    found = extract(encode, data.test)
+    found, patches = extract(encode, data.test), extract(encode, data.test, "mean")  # both from one pass
     tower, preprocess = atto(), Preprocess(SIDE)
     for row in range(len(data.test)):
         image = preprocess(decode(data.test.read(row)))
         with torch.no_grad():
-            expected = tower.forward_features(normalise(image[None], preprocess))[0, 0]
-        assert_close(found.features[row], expected, atol=1e-5, rtol=1e-4)
+            expected = tower.forward_features(normalise(image[None], preprocess))[0]
+        assert_close(found.features[row], expected[0], atol=1e-5, rtol=1e-4)
+        assert_close(patches.features[row], expected[1:].mean(0), atol=1e-5, rtol=1e-4)
     assert sizes == [5, 5, 5, 5, 5, 3]
     assert found.features.dtype == torch.float32
     assert found.labels.tolist() == data.test.labels.tolist()

@@ -14,6 +14,7 @@ from scipy import stats
 
 from data_pipeline.errors import DataError
 from eval import report, report_runs, report_scores, report_training
+from eval.__main__ import main
 from eval.report_intervals import DRAWS, IMAGES, SEEDS, T95, t_interval, wilson_interval
 from eval.report_scores import (
     Entrant,
@@ -368,7 +369,7 @@ def test_the_command_writes_the_page_and_prints_its_path(folder, tmp_path, capsy
 
 
 def test_a_folder_with_nothing_in_it_is_an_error_of_one_line(tmp_path, capsys):
-    assert report.main([str(tmp_path)]) == 1
+    assert main(["report", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(f"error: {tmp_path} holds no run, no results and no shard set; make a run with")
