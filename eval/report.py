@@ -22,7 +22,7 @@ from markupsafe import Markup
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.files import write_bytes
 from data_pipeline.shardset import ShardSet
-from eval import contamination, figures, report_samples, report_zero_shot
+from eval import contamination, figures, report_papers, report_samples, report_zero_shot
 from eval.report_intervals import DRAWS, IMAGES, NOTHING, SEEDS
 from eval.report_runs import Folder, Run, open_shards, read_folder
 from eval.report_scores import Row, ScoreTable, score_table, verdict
@@ -84,7 +84,9 @@ def render(path: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=_percent, thousands=lambda number: f"{number:,}", short=_short)
+    environment.filters.update(
+        percent=_percent, thousands=lambda number: f"{number:,}", short=_short, ours=report_papers.name
+    )
     return environment.get_template("report.html.j2").render(
         title=folder.path.resolve().name,
         intro=introduction(folder, shards, table),
@@ -97,6 +99,7 @@ def render(path: Path) -> str:
         score_plot=_score_plot(table, path),
         score_rows=in_one_language(table.rows),
         **zero_shot_tables(folder, table),
+        paper_rows=report_papers.pairs(folder.results),
         loss=_loss(folder, path),
         courses=(courses := _courses(folder)),
         training_plot=_training_plot(courses),

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from eval.report_intervals import DRAWS, IMAGES, SEEDS, Score, plain, score, t_interval
+from eval.report_settings import differing, setting
 from eval.report_tasks import SHARE, Identity, Task, identity, tasks, unit
 from eval.results import Result
 from maws.config import STAGE_NAMES
@@ -28,6 +29,7 @@ class Key(NamedTuple):
     evaluator: str
     metric: str
     on: Identity
+    how: str = ""  # report_settings.setting
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Row:
     chance: float | None
     n: tuple[int, ...]  # evaluation images, one number unless the columns differ
     task: Task
-    on: str = ""  # the task's title, where the evaluator has several
+    on: str = ""  # the task's title, where the evaluator has several; and the settings, where they differ
 
     @property
     def unit(self) -> str:
@@ -102,10 +104,10 @@ def lineage_name(lineage: Sequence[str]) -> str:
 
 
 def newest(results: Iterable[Result]) -> list[Result]:
-    """One result per run, evaluator, metric, task and seed: the one written last. The file itself keeps them all."""
+    """One result per run, evaluator, metric, task, setting and seed: the one written last. The file keeps them all."""
     kept: dict[tuple[object, ...], Result] = {}
     for result in results:
-        kept[result.run, result.evaluator, result.metric, identity(result), result.seed] = result
+        kept[result.run, result.evaluator, result.metric, identity(result), setting(result), result.seed] = result
     return list(kept.values())
 
 
@@ -133,12 +135,13 @@ def score_table(results: Iterable[Result], entrants: Sequence[Entrant] = ()) -> 
     sizes: dict[Key, dict[str, int]] = {}
     guess: dict[Key, float | None] = {}
     for result in results:
-        key, column = Key(result.evaluator, result.metric, identity(result)), column_of[result.run]
+        key = Key(result.evaluator, result.metric, identity(result), setting(result))
+        column = column_of[result.run]
         values.setdefault(key, {}).setdefault(column, {}).setdefault(result.run, []).append(result.value)
         sizes.setdefault(key, {})[column] = result.n
         guess[key] = chance(result) if guess.get(key) is None else guess[key]
     of = tasks(results)
-    several = _with_several_tasks(values)
+    several, settings = _with_several_tasks(values), _settings(values)
     rows = [
         Row(
             key.evaluator,
@@ -147,14 +150,14 @@ def score_table(results: Iterable[Result], entrants: Sequence[Entrant] = ()) -> 
             chance=guess[key],
             n=tuple(sorted(set(sizes[key].values()))),
             task=of[key.on],
-            on=of[key.on].title if key.evaluator in several else "",
+            on=" · ".join(filter(None, (of[key.on].title if key.evaluator in several else "", settings[key]))),
         )
         for key in sorted(values, key=lambda key: _row_order(key, of))
     ]
     hierarchy = [row for row in rows if row.metric.startswith(HIERARCHY)]
     retrieval = [row for row in rows if RECALL.search(row.metric)]
     plain_rows = [row for row in rows if row not in hierarchy and row not in retrieval]
-    differences = _differences(with_results, values, column_of, of, several)
+    differences = _differences(with_results, values, column_of, of, several, settings)
     return ScoreTable(list(columns), plain_rows, columns, differences, hierarchy, retrieval)
 
 
@@ -171,6 +174,18 @@ def _with_several_tasks(keys: Iterable[Key]) -> set[str]:
     for key in keys:
         found.setdefault(key.evaluator, set()).add(key.on)
     return {evaluator for evaluator, on in found.items() if len(on) > 1}
+
+
+def _settings(keys: Iterable[Key]) -> dict[Key, str]:
+    """What sets a row apart from others of its evaluator, metric and task."""
+    alike: dict[Key, list[Key]] = {}
+    for key in keys:
+        alike.setdefault(key._replace(how=""), []).append(key)
+    found: dict[Key, str] = {}
+    for group in alike.values():
+        words = differing(key.how for key in group)
+        found |= {key: words[key.how] for key in group}
+    return found
 
 
 def _columns(entrants: Sequence[Entrant]) -> dict[str, list[str]]:
@@ -191,10 +206,10 @@ def _columns(entrants: Sequence[Entrant]) -> dict[str, list[str]]:
 
 
 def _row_order(key: Key, of: dict[Identity, Task]) -> tuple[object, ...]:
-    evaluator, metric, on = key
+    evaluator, metric, on, how = key
     place = EVALUATORS.index(evaluator) if evaluator in EVALUATORS else len(EVALUATORS)
     numbers = [int(number) for number in re.findall(r"\d+", metric)]
-    return place, evaluator, of[on].order, on, not metric.startswith("top"), re.sub(r"\d+", "0", metric), numbers
+    return place, evaluator, of[on].order, on, not metric.startswith("top"), re.sub(r"\d+", "0", metric), numbers, how
 
 
 def _differences(
@@ -203,6 +218,7 @@ def _differences(
     column_of: dict[str, str],
     of: dict[Identity, Task],
     several: set[str],
+    settings: dict[Key, str],
 ) -> list[Difference]:
     """MAE→WSP minus WSP for every share, over the training seeds both have, at equal WSP steps."""
     ours = {e.seed: e for e in entrants if e.lineage == ("mae", "wsp")}
@@ -220,6 +236,7 @@ def _differences(
             spread = max(difference) - min(difference) > 1e-9  # equal ones say nothing of the noise
             interval = t_interval(difference, SEEDS) if spread else None
             metric = key.metric + (f" on {of[key.on].title}" if key.evaluator in several else "")
+            metric += f" ({settings[key]})" if settings[key] else ""
             seeds = tuple(seed for seed, _, _ in both)
             found.append(Difference(key.evaluator, metric, seeds, tuple(difference), interval))
     return found

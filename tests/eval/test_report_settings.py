@@ -1,0 +1,45 @@
+"""Scores that were measured in different ways never share a row, and the row says what differs."""
+
+from eval.report_scores import Entrant, as_text, newest, score_table
+from eval.results import Result
+
+
+def scored(run, value, evaluator="lowshot", metric="5-shot/vpt/top1", seed=0, train="t", **config) -> Result:
+    hashes = {"data": "d", "classes": "c", "train": train}
+    return Result(run=run, evaluator=evaluator, metric=metric, value=value, n=362, seed=seed, config=config,
+                  hashes=hashes, lineage=["wsp"], time="2026-11-22")  # fmt: skip
+
+
+ENTRANTS = [Entrant("a", ("wsp",), 0, "one recipe", 100), Entrant("b", ("mae", "wsp"), 0, "another", 100)]
+
+
+def rows(*results):
+    return [(row.on, sorted(row.cells)) for row in score_table(results, ENTRANTS).rows]
+
+
+def test_equal_settings_share_a_row_that_says_nothing_of_them():
+    steps = {"lowshot": {"vpt": {"steps": 8}, "k": [1, 5]}, "precision": "fp32"}
+    others = {"lowshot": {"vpt": {"steps": 8}, "k": [5]}, "precision": "fp32"}  # k says which scores there are
+    assert rows(scored("a", 0.4, **steps), scored("b", 0.5, **others)) == [("", ["MAE→WSP", "WSP"])]
+
+
+def test_a_longer_schedule_is_another_row():
+    short, long = {"lowshot": {"vpt": {"steps": 8}}}, {"lowshot": {"vpt": {"steps": 100}}}
+    assert rows(scored("a", 0.4, **short), scored("b", 0.5, **long)) == [
+        ("vpt.steps=100", ["MAE→WSP"]), ("vpt.steps=8", ["WSP"]),
+    ]  # fmt: skip
+
+
+def test_precision_size_and_training_data_are_settings():
+    plain = scored("a", 0.4, precision="fp32")
+    assert rows(plain, scored("b", 0.4, precision="bf16")) == [("bf16", ["MAE→WSP"]), ("fp32", ["WSP"])]
+    assert rows(plain, scored("b", 0.4, image_size_asked=448))[1] == ("448 px", ["MAE→WSP"])
+    assert [on for on, _ in rows(plain, scored("b", 0.4, train="u"))] == ["trained on t", "trained on u"]
+
+
+def test_the_newest_of_each_setting_is_kept_and_one_run_may_have_several():
+    results = [
+        scored("a", value, precision=precision) for value, precision in ((0.1, "fp32"), (0.2, "bf16"), (0.3, "fp32"))
+    ]
+    assert [result.value for result in newest(results)] == [0.3, 0.2]
+    assert "bf16" in as_text(score_table(results, ENTRANTS))
