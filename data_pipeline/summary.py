@@ -59,6 +59,10 @@ def clean(value: object) -> str:
 
 
 def print_counts(printer: Printer, manifest: dict[str, Any]) -> None:
+    if "resampling" not in manifest:  # a labelled set (`python -m eval shards`): nothing was mapped or resampled
+        rows = [("kept", manifest["samples"], ""), ("classes", manifest["classes"], "one an image")]
+        printer.table("Shard set of classes", ("", "", ""), rows, right=(1,))
+        return
     counts, resampling = manifest["counts"], manifest["resampling"]
     labelled, read = counts["labelled"], counts["read"]
     overview: list[tuple[str, object, str]] = [

@@ -8,6 +8,8 @@
     python -m eval classes imagenet1k
     python -m eval retrieval --run runs/demo/lit --captions dataset_coco.json --images coco/
     python -m eval classify photo.jpg --run runs/demo/lit --classes "dog, cat, piano"
+    python -m eval prepare imagenet1k --source /data/imagenet
+    python -m eval robustness --run RUN --data imagenet-v2=/data/imagenetv2 imagenet-r=/data/imagenet-r
     python -m eval report runs/demo --output report.html
 
 Several evaluators share one process and one extraction of features. Scores are appended to RUN/results.jsonl.
@@ -20,6 +22,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -59,11 +62,13 @@ def parser() -> Parser:
         "evaluators",
         nargs="+",
         metavar="EVALUATOR",
-        help=f"{', '.join(found)}; or classify IMAGE; or classes [NAME]; or report RUN_FOLDER",
+        help=f"{', '.join(found)}; or one of {', '.join(COMMANDS)} (each has a --help)",
     )
     p.add_argument("--run", type=Path, required=True, help="run folder or release folder")
-    p.add_argument("--data", type=Path, nargs="+", default=[], metavar="PATH", help="evaluation data")
-    p.add_argument("--train", type=Path, nargs="+", default=[], metavar="PATH", help="training data of the probes")
+    p.add_argument(
+        "--data", type=Path, nargs="+", default=[], metavar="PATH", help="evaluation data: PATH, or SET=PATH"
+    )
+    p.add_argument("--train", type=Path, nargs="+", default=[], metavar="PATH", help="of the probes, alike")
     p.add_argument("--train-labels", type=Path, metavar="FILE", help="Parquet of key, label for --train")
     p.add_argument("--classes", metavar="NAME|FILE", help="a bundled class set (`python -m eval classes`) or a file")
     p.add_argument("--language", metavar="LANGUAGE", help="class names and templates in it, such as fr")
@@ -76,7 +81,11 @@ def parser() -> Parser:
     p.add_argument("--results", type=Path, metavar="FILE", help="default: RUN/results.jsonl")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--set", dest="settings", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …; a rank of several takes its own GPU")
+    p.add_argument("--precision", default="fp32", help="of the image tower: fp32 or bf16 (autocast); default: fp32")
+    p.add_argument("--image-size", type=int, metavar="PIXELS", help="another than the run's: positions interpolated")
+    p.add_argument("--batch", type=int, metavar="PICTURES", help="of one forward on one device; default: 128")
+    p.add_argument("--partition", default="auto", help="split the towers over the ranks: auto, none or zero3")
     return p
 
 
@@ -84,7 +93,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
-    return told(lambda: _run(arguments), "interrupted; scores that are already in the results file stay")
+    interrupted = "interrupted; scores that are already in the results file stay"
+    return told(lambda: _on_ranks(arguments, interrupted), interrupted)
+
+
+def _on_ranks(arguments: list[str], interrupted: str) -> int:
+    """As the only process, or as one of several that a launcher started (eval/distributed.py)."""
+    from maws import launchers
+
+    if arguments and re.match(r"--local[-_]rank=", arguments[0]):  # the deepspeed launcher puts it there
+        arguments = arguments[1:]
+    if launchers.started_alone():
+        return _run(arguments)
+    from eval.distributed import as_one
+
+    return as_one(lambda: _run_ranks(arguments), interrupted)
+
+
+def _run_ranks(arguments: list[str]) -> int:
+    if arguments and arguments[0] in COMMANDS:
+        raise UsageError(f"`python -m eval {arguments[0]}` is one process; start it without a launcher")
+    return _run(arguments)
 
 
 def _run(arguments: list[str]) -> int:
@@ -97,15 +126,17 @@ def _run(arguments: list[str]) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     listed = asked_classes(args)  # before torch is imported
-    from eval import base, contamination
+    from eval import base, contamination, distributed
     from eval.features import home, open_encoder, pick_device
+    from maws import launchers
 
     entries = configured(args)
-    device = pick_device(args.device)
-    encode = open_encoder(args.run, device)
+    device = pick_device(args.device) if launchers.started_alone() else distributed.start(args.device)
+    encode = open_encoder(args.run, device, args.image_size, args.precision, args.batch, args.partition)
     release = encode.release
     assert release is not None
     data = open_sets(args, listed, {entry.data for entry in entries})
+    distributed.same_everywhere(hashes_of(encode, data.values()))
     describe(encode, data.values(), device)
     output = args.results or home(release) / "results.jsonl"
     if blind := [entry.name for entry in entries if entry.make.needs_text and release.stage not in WITH_TEXT]:
@@ -158,7 +189,7 @@ def open_sets(args: argparse.Namespace, listed: "Classes | None", kinds: set[str
     if "pictures" in kinds:
         from eval.pictures import open_pictures
 
-        data["pictures"] = open_pictures(args.data, listed)
+        data["pictures"] = open_pictures(args.data)
     if "published" in kinds:
         from eval.published.sets import open_published
 
@@ -186,10 +217,11 @@ def describe(encode: "Encoder", data: "Iterable[Evaluated]", device: "torch.devi
     """What is about to be evaluated, and what was checked."""
     assert encode.release is not None
     log.info(
-        "encoder: %s, weights sha256 %s, on %s",
+        "encoder: %s, weights sha256 %s, on %s%s",
         " -> ".join(encode.release.lineage),
         encode.sha256[:12],
         device,
+        encode.manner,
     )
     for one in data:
         for dataset in one.sets.values():
@@ -216,12 +248,16 @@ def keep(
 ) -> "list[Score]":
     """Run one evaluator; every score is in the results file as soon as it is known."""
     from data_pipeline.files import write_bytes
+    from eval import correct, distributed
     from eval.base import File
     from eval.results import append
 
     config = common_config(entry, encode, data, args)
     scores: list[Score] = []
     for item in evaluator.run(encode):
+        if not distributed.is_first():  # they have the same, and rank 0 writes it
+            scores += [] if isinstance(item, File) else [item]
+            continue
         if isinstance(item, File):
             try:
                 write_bytes(output.parent / item.name, item.text.encode())
@@ -229,9 +265,16 @@ def keep(
                 raise DataError(f"{error}: give --results in a folder that can be written to") from None
             continue
         result = as_result(entry, item, config, encode, data, args)
+        result = correct.keep(output.parent, result, item.right) if item.right else result
         append(output, [replace(result, contamination=contamination[item.dataset])])
         scores.append(item)
     return scores
+
+
+def hashes_of(encode: "Encoder", data: "Iterable[Evaluated]") -> dict[str, str]:
+    """What all ranks must agree on."""
+    sets = {f"{name} data": dataset.sha256 for one in data for name, dataset in one.sets.items()}
+    return {"weights": encode.sha256, **sets}
 
 
 def common_config(entry: "Entry", encode: "Encoder", data: "Evaluated", args: argparse.Namespace) -> dict[str, Any]:
@@ -246,6 +289,9 @@ def common_config(entry: "Entry", encode: "Encoder", data: "Evaluated", args: ar
         "images": {name: len(dataset) for name, dataset in data.sets.items()},
         "left_out": {name: dataset.left_out for name, dataset in data.sets.items()},
         "precision": encode.precision,
+        "extraction": encode.extraction,
+        "model": {"variant": encode.release.config.get("variant"), "image_size": encode.preprocess.image_size},
+        "image_size_asked": args.image_size,
         "preprocess": to_json(encode.preprocess),
         "device": str(encode.device),
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
@@ -308,15 +354,16 @@ def show(table: "list[tuple[str, Score]]", chance: float | None) -> None:
 
     groups: dict[tuple[str, str], list[Score]] = {}
     for name, score in table:
-        groups.setdefault((name, score.metric), []).append(score)
+        label = score.metric if score.dataset == "data" else f"{score.dataset} {score.metric}"  # one of several sets
+        groups.setdefault((name, label), []).append(score)
     width = max([20, *(len(metric) for _, metric in groups)])
     print(f"\n{'evaluator':<10} {'metric':<{width}} {'%':>6} {'sd':>5} {'seeds':>5} {'n':>7}")
     for (name, metric), scores in groups.items():
-        values = [score.value * (100 if unit(metric) == SHARE else 1) for score in scores]
+        values = [score.value * (100 if unit(scores[0].metric) == SHARE else 1) for score in scores]
         mean = sum(values) / len(values)
         spread = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else None
         deviation = "" if spread is None else f"{spread:.1f}"
-        other = "" if unit(metric) == SHARE else f"  {unit(metric)}"
+        other = "" if unit(scores[0].metric) == SHARE else f"  {unit(scores[0].metric)}"
         print(f"{name:<10} {metric:<{width}} {mean:6.1f} {deviation:>5} {len(values):>5} {scores[0].n:>7,}{other}")
     if chance is not None:
         print(f"{'chance':<10} {'top1':<{width}} {100 * chance:6.2f}")

@@ -37,6 +37,7 @@ class Score(NamedTuple):
     hashes: Mapping[str, str] = types.MappingProxyType({})  # of files the score depends on, beside weights and data
     dataset: str = "data"  # which of the data's `sets` it is a score on
     facts: Mapping[str, Any] = types.MappingProxyType({})  # more for the result's config: its protocol, …
+    right: bytes = b""  # a bit for every image that is right (eval/correct.py): for paired tests of two runs
 
 
 class File(NamedTuple):

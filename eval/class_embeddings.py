@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from data_pipeline.files import write_bytes
+from eval import distributed
 from eval.classes import Classes
 from eval.features import Encoder
 from eval.templates import Templates
@@ -37,10 +38,11 @@ def class_embeddings(encode: Encoder, classes: Classes, templates: Templates) ->
         return _compute(encode, texts)
     identity = _identity(encode.release, encode.sha256, texts)
     file = encode.cache / f"classes-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
-    found = _load(file, identity)
+    found = distributed.from_first(lambda: _load(file, identity))  # all ranks compute, or none
     if found is None:
         found = _compute(encode, texts)
-        _save(file, identity, found)
+        if distributed.is_first():
+            _save(file, identity, found)
     return found.to(encode.device)
 
 

@@ -3,6 +3,7 @@
     Parquet with image, label (and key) · Parquet with key, image + a labels file (key, label) · a folder of either
     a folder of class folders with pictures · WebDataset tars (a file, a folder, braces)
     a shard set (classes by synset, or a labels file)
+    NAME=PATH or NAME:SPLIT=PATH: a published set as it is published (eval/published/)
 
 Pictures stay on disk until they are asked for; labels and keys are read at once, and checked. What each form is, and
 what it refuses: eval/sources/. Pictures with captions: captions.py.
@@ -42,6 +43,7 @@ class Dataset:
     read: Read = field(repr=False)  # position -> the picture's bytes; safe in threads
     sha256: str  # of the files, the keys and the labels
     left_out: dict[str, int]  # pictures without a class, by reason
+    published: dict[str, Any] | None = None  # which published set this is: name, split, whether it is whole
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -67,7 +69,9 @@ class Data:
     @property
     def facts(self) -> dict[str, Any]:
         """What a score means nothing without."""
-        return {"chance": 1 / len(self.classes), "num_classes": len(self.classes)}
+        published = {name: dataset.published for name, dataset in self.sets.items() if dataset.published}
+        facts: dict[str, Any] = {"chance": 1 / len(self.classes), "num_classes": len(self.classes)}
+        return facts | ({"published": published} if published else {})
 
     def summary(self) -> str:
         return (
@@ -83,17 +87,27 @@ def open_data(
 ) -> Data:
     """Open both sets and make their labels mean the same classes; DataError says what does not fit."""
     listed = classes if isinstance(classes, Classes) or classes is None else read_classes(classes)
-    test_sources = _sources(test, listed, None, search=False)
-    train_sources = _sources(train, listed, train_labels, search=True)
-    if listed is None:
-        listed = _own_classes([*test_sources, *train_sources])
-    else:
-        _agree([*test_sources, *train_sources], listed)
-    data = Data(listed, _join("evaluation", test_sources, listed), None)
+    test_sources = _every_source(test, listed, None, training=False)
+    train_sources = _every_source(train, listed, train_labels, training=True)
+    listed = _classes([*test_sources, *train_sources], listed)
+    data = Data(listed, join("evaluation", test_sources, listed), None)
     if train:
-        data = Data(listed, data.test, _join("training", train_sources, listed))
+        data = Data(listed, data.test, join("training", train_sources, listed))
     check_classes(data, data.test.labels, data.train.labels if data.train else None)
     return data
+
+
+def open_training(
+    paths: Sequence[Path], classes: Path | str | Classes | None = None, labels: Path | None = None
+) -> tuple[Classes, Dataset]:
+    """Labelled pictures alone, with what their numbers mean; a published set gives its training split if none is named.
+
+    Raises DataError for what does not fit.
+    """
+    listed = classes if isinstance(classes, Classes) or classes is None else read_classes(classes)
+    sources = _every_source(paths, listed, labels, training=True)
+    found = _classes(sources, listed)
+    return found, join("training", sources, found)
 
 
 def check_classes(data: Data, test_labels: np.ndarray, train_labels: np.ndarray | None) -> None:
@@ -119,6 +133,18 @@ def check_classes(data: Data, test_labels: np.ndarray, train_labels: np.ndarray 
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
+
+
+def _every_source(paths: Sequence[Path], classes: Classes | None, labels: Path | None, training: bool) -> list[Source]:
+    """Published sets, and what lies at plain paths."""
+    from eval.published import registry  # it reads forms of data too
+
+    references = [registry.reference(path, training) for path in paths]
+    plain = [path for path, reference in zip(paths, references, strict=True) if reference is None]
+    opened = [registry.open_split(one.published, one.split, one.folder) for one in references if one is not None]
+    if opened and labels is not None and not plain:
+        raise DataError(f"{labels}: published sets bring their own labels; leave --train-labels out, or give a path")
+    return opened + (_sources(plain, classes, labels, search=training) if plain else [])
 
 
 def _sources(paths: Sequence[Path], classes: Classes | None, labels: Path | None, search: bool) -> list[Source]:
@@ -216,8 +242,19 @@ def _apply_labels(sources: Sequence[Source], known: dict[str, Label], files: Seq
 # -------------------------------------------------------------------------------------------------------------- classes
 
 
-def _own_classes(sources: Sequence[Source]) -> Classes:
-    """Classes that the data itself names, else as its labels are."""
+def _classes(sources: Sequence[Source], listed: Classes | None) -> Classes:
+    """Those that are listed, if the sources agree with them; else the sources' own."""
+    if listed is None:
+        return own_classes(sources)
+    _agree(sources, listed)
+    return listed
+
+
+def own_classes(sources: Sequence[Source]) -> Classes:
+    """The class set that all of it belongs to, else classes that the data itself names, else as its labels are."""
+    belongs = {source.classes for source in sources}
+    if len(belongs) == 1 and (own := belongs.pop()) is not None:
+        return read_classes(own) if isinstance(own, str) else plain_classes(own, sources[0].where)
     told = {source.class_names: source.where for source in sources if source.class_names}
     if len(told) > 1:
         raise DataError(f"{' and '.join(list(told.values())[:2])} number their classes differently; give --classes")
@@ -258,7 +295,7 @@ def _agree(sources: Sequence[Source], classes: Classes) -> None:
 # ---------------------------------------------------------------------------------------------------------------- join
 
 
-def _join(name: str, sources: Sequence[Source], classes: Classes) -> Dataset:
+def join(name: str, sources: Sequence[Source], classes: Classes) -> Dataset:
     """One data set of all sources: pictures with a label, each key once."""
     places: list[tuple[int, int]] = []
     labels: list[int] = []
@@ -286,4 +323,5 @@ def _join(name: str, sources: Sequence[Source], classes: Classes) -> Dataset:
         number, row = places[position]
         return reads[number](row)
 
-    return Dataset(name, tuple(keys), np.asarray(labels, dtype=np.int64), read, digest, dict(left_out))
+    published = sources[0].published if len(sources) == 1 else None
+    return Dataset(name, tuple(keys), np.asarray(labels, dtype=np.int64), read, digest, dict(left_out), published)

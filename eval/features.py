@@ -4,125 +4,44 @@
     bank = extract(encoder, data.train)                        # bank.features N D, bank.labels N
     mean = extract(encoder, data.train, "mean")                # from the same pass over the pictures
 
-The cache is RUN/features/*.safetensors, one file per (weights, model, pre-processing, precision, data); a picture that
-cannot be decoded is dropped, counted and reported, and more than 1 % of them stop the evaluation.
+The cache is RUN/features/*.safetensors, one file for everything that features depend on (feature_file.py); a picture
+that cannot be decoded is dropped, counted and reported, and more than 1 % of them stop the evaluation. Under several
+ranks each computes its share of the batches, and all have all features afterwards (distributed.py).
 """
 
-import hashlib
-import json
 import logging
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+import time
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, cast
+from typing import Any, Final
 
 import torch
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from data_pipeline.errors import DataError, UsageError
-from data_pipeline.files import write_bytes
-from data_pipeline.images import BadImage, decode
+from data_pipeline.errors import DataError
+from eval import distributed, feature_file
 from eval.datasets import Dataset
+from eval.decode import BATCH as BATCH
+from eval.decode import Broken as Broken
+from eval.decode import Decoded as Decoded
+from eval.decode import View as View
+from eval.decode import batches_of, decoded_batches
+from eval.decode import decoded as decoded
+from eval.decode import pictures as pictures
+from eval.encoder import Encoder as Encoder
+from eval.encoder import Kind as Kind
+from eval.encoder import home as home
+from eval.encoder import open_encoder as open_encoder
+from eval.encoder import pick_device as pick_device
+from eval.feature_file import Table
 from eval.progress import Progress
-from maws.data.transforms import Preprocess, normalise
-from maws.models.two_tower import TwoTower
-from maws.models.vit import VisionTransformer
-from maws.release import Release, load_image_tower, load_two_tower, open_release
 
 log = logging.getLogger(__name__)
 
-# What stands for a picture: what the tower was trained with (pooled, which is cls or mean); its class token (of several
-# the mean) or the mean of its patches, after the final norm; or what is projected beside the text, l2-normalised.
-Kind = Literal["pooled", "cls", "mean", "joint"]
-View = Callable[[Image.Image, int], Tensor]  # RGB picture and its position in the data set -> uint8 3 H W
-
 MAX_BAD: Final = 0.01  # share of pictures that may be broken
-BATCH: Final = 128
-FORMAT: Final = 3  # of the cache
-
-
-@dataclass
-class Encoder:
-    """A frozen image tower and what it needs to see a picture. A trainer can make one from a model in memory."""
-
-    tower: VisionTransformer
-    preprocess: Preprocess
-    sha256: str = ""  # of the weights
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    cache: Path | None = None  # folder; None keeps nothing
-    release: Release | None = None  # where the text tower comes from
-    precision: str = "fp32"
-
-    def __post_init__(self) -> None:
-        self.tower = self.tower.to(self.device).eval().requires_grad_(False)
-
-    @cached_property
-    def two_tower(self) -> TwoTower:
-        assert self.release is not None
-        return load_two_tower(self.release).to(self.device).eval().requires_grad_(False)
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """uint8 B 3 H W -> float32 on the encoder's device, normalised."""
-        return normalise(images.to(self.device), self.preprocess)
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """What one pass of the tower gives; without class tokens there is no `cls`."""
-        return ("cls", "mean") if self.tower.class_tokens else ("mean",)
-
-    def own(self, kind: Kind) -> Kind:
-        """`pooled` as what it is for this tower. Raises UsageError for the class token of a tower without one."""
-        found = cast(Kind, self.tower.shape.pool) if kind == "pooled" else kind
-        if found not in (*self.kinds, "joint"):
-            raise UsageError(f"there are no {found} features: this encoder has no class token; use mean")
-        return found
-
-    @torch.no_grad()
-    def all(self, images: Tensor) -> dict[Kind, Tensor]:
-        """uint8 B 3 H W -> float32 B D of every kind that the tower has."""
-        tokens = self.tower(self.prepare(images))
-        return {kind: self.tower.pooled(tokens, kind).float() for kind in self.kinds}
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, kind: Kind = "pooled") -> Tensor:
-        """uint8 B 3 H W -> float32 B D."""
-        if kind == "joint":
-            return self.two_tower.encode_image(self.prepare(images)).float()
-        return self.tower.pooled(self.tower(self.prepare(images)), self.own(kind)).float()
-
-
-def open_encoder(run: Path, device: torch.device) -> Encoder:
-    """The encoder of a run folder or a release folder, any stage."""
-    release = open_release(run)
-    cache = home(release) / "features"
-    return Encoder(load_image_tower(release), release.preprocess, release.sha256, device, cache, release)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one. Raises UsageError for what is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try auto") from None
-    return device
-
-
-def home(release: Release) -> Path:
-    """The folder for what is made of a release: its run's, or its own when it lies somewhere else.
-
-    Never the path the user gave, which may be that of a file (RUN/release/ema.safetensors).
-    """
-    return release.folder.parent if release.folder.name == "release" else release.folder
+CHECK: Final = 64  # batches after which the ranks ask each other whether it is worth going on
 
 
 @dataclass(frozen=True)
@@ -143,167 +62,188 @@ class Features:
 
 
 def extract(encode: Encoder, dataset: Dataset, kind: Kind = "pooled") -> Features:
-    """Features of `dataset`, from the cache when weights, model, pre-processing and data are the same."""
+    """Features of `dataset`, from the cache when nothing that they depend on has changed."""
     kind = encode.own(kind)
     source = "joint" if kind == "joint" else "tower"
-    identity = {
-        "format": FORMAT,
-        "source": source,
-        "weights": encode.sha256,
-        "model": encode.release.config["model"] if encode.release else None,  # heads and pooling are not in the weights
-        "preprocess": asdict(encode.preprocess),
-        "precision": encode.precision,
-        "data": dataset.sha256,
-    }
-    text = json.dumps(identity, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    file = encode.cache / f"{source}-{dataset.name}-{digest}.safetensors" if encode.cache else None
-    found = _load(file, text, kind) if file else None
-    if found is None:
-        every, rows, broken = _compute(encode, dataset, ("joint",) if kind == "joint" else encode.kinds)
-        if file:
-            _save(file, text, every, rows, broken)
-        found = every[kind], rows, broken
-    features, rows, broken = found
-    if broken:
-        listed = ", ".join(f"{count} {reason}" for reason, count in sorted(broken.items()))
+    identity = feature_file.identity_of(encode, dataset, source)
+    keep = encode.cache if encode.sha256 else None
+    file = feature_file.place(keep, source, dataset, identity) if keep else None
+    table = _cached(file, identity, kind) if file else None
+    if table is None:
+        table = _compute(encode, dataset, ("joint",) if kind == "joint" else encode.kinds)
+        if file and distributed.is_first():
+            feature_file.write(file, identity, table)
+    if table.broken:
+        listed = ", ".join(f"{count} {reason}" for reason, count in sorted(table.broken.items()))
         log.warning(
             "warning: %d of %d pictures of the %s data cannot be read and are left out: %s",
-            sum(broken.values()),
+            sum(table.broken.values()),
             len(dataset),
             dataset.name,
             listed,
         )
-    positions = rows.tolist()
+    positions = table.rows.tolist()
     return Features(
-        features.to(encode.device),
-        torch.from_numpy(dataset.labels)[rows].to(encode.device),
-        rows,
+        table.features[kind].to(encode.device),
+        torch.from_numpy(dataset.labels)[table.rows].to(encode.device),
+        table.rows,
         tuple(dataset.keys[position] for position in positions),
-        broken,
+        table.broken,
     )
 
 
-def _compute(
-    encode: Encoder, dataset: Dataset, kinds: Sequence[Kind]
-) -> tuple[dict[Kind, Tensor], Tensor, dict[str, int]]:
-    pieces: dict[Kind, list[Tensor]] = {kind: [] for kind in kinds}
-    rows: list[int] = []
-    broken: Counter[str] = Counter()
+def _cached(file: Path, identity: str, kind: Kind) -> Table | None:
+    """Rank 0 looks and tells the others: they must not disagree about who computes, nor read a file in the making."""
+    found = feature_file.read(file, identity, kind) if distributed.is_first() else None
+    broken = distributed.from_first(lambda: found.broken if found else None)
+    if broken is None:
+        return None
+    features = distributed.send_from_first(found.features[kind] if found else None)
+    return Table({kind: features}, distributed.send_from_first(found.rows if found else None), broken)
+
+
+def _compute(encode: Encoder, dataset: Dataset, kinds: Sequence[Kind]) -> Table:
+    """One pass over the pictures, shared out over the ranks."""
+    batches = batches_of(range(len(dataset)), encode.batch or BATCH)
+    own, steps = distributed.own_share(batches), distributed.steps(batches)
+    sink = _Sink(dataset, kinds)
     with Progress(f"features of the {dataset.name} data", len(dataset)) as progress:
-        for batch in decoded(dataset, range(len(dataset)), encode.preprocess):
-            broken.update(bad.reason for bad in batch.broken)
-            if sum(broken.values()) > MAX_BAD * len(dataset):
-                first = batch.broken[0]
-                raise DataError(
-                    f"more than {MAX_BAD:.0%} of the {len(dataset):,} pictures of the {dataset.name} data cannot be "
-                    f"read, such as '{first.key}' ({first.reason}); repair or remove them"
-                )
-            if batch.rows:
-                of_batch = encode.all(batch.images) if "joint" not in kinds else None
-                for kind in kinds:
-                    pieces[kind].append((of_batch[kind] if of_batch else encode(batch.images, kind)).cpu())
-                rows += batch.rows
-            progress.add(len(batch.rows) + len(batch.broken))
-    every: dict[Kind, Tensor] = {kind: torch.cat(parts) for kind, parts in pieces.items()}
-    if not all(torch.isfinite(features).all() for features in every.values()):
-        raise DataError(f"the encoder gives nan or infinity on the {dataset.name} data; its weights are damaged")
-    return every, torch.tensor(rows), dict(broken)
+        source = _Timed(decoded_batches(dataset, own, encode.preprocess, pin=encode.device.type == "cuda"), encode)
+        for step in range(steps):
+            distributed.pulse(step, f"features of the {dataset.name} data")
+            batch = source.next()
+            sink.count(batch.broken)
+            sink.add(_forward(encode, batch.images, kinds), batch.rows)
+            if step % CHECK == CHECK - 1 and any(distributed.gather(bool(sink.wrong))):
+                break
+            progress.more = f", {source.share:.1%} of the time waiting for pictures"
+            progress.add(distributed.world_size() * (len(batch.rows) + len(batch.broken)))
+        sink.flush()
+        source.end()
+    return sink.table()
 
 
-# -------------------------------------------------------------------------------------------------------------- decode
+def _forward(encode: Encoder, images: Tensor, kinds: Sequence[Kind]) -> dict[Kind, Tensor]:
+    """Every rank does as many forwards as any other: one without pictures looks at a black one, for nobody."""
+    real = len(images)
+    if not real:
+        size = encode.preprocess.image_size
+        images = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    found = {"joint": encode(images, "joint")} if "joint" in kinds else encode.all(images)
+    return {kind: found[kind][:real] for kind in kinds}
 
 
-@dataclass(frozen=True)
-class Broken:
-    key: str
-    reason: str
+class _Timed:
+    """Batches, and the share of the time in which there was none for the encoder; empty ones at the end.
 
-
-@dataclass(frozen=True)
-class Decoded:
-    """A batch of pictures as the encoder takes them."""
-
-    images: Tensor  # uint8 B 3 H W
-    rows: list[int]  # positions of the readable ones
-    broken: list[Broken]
-
-
-def decoded(
-    dataset: Dataset, rows: Sequence[int], preprocess: Preprocess, batch: int | None = None, view: View | None = None
-) -> Iterator[Decoded]:
-    """Decode batches in threads (codecs let go of the interpreter lock), a few ahead, in order.
-
-    A `view` shows the pictures in another way than `preprocess`, such as the random crops of training.
+    On a GPU waiting counts only if the GPU had done all it was given by the time that pictures came: an upper bound.
     """
-    batch = batch or BATCH
 
-    def load(positions: Sequence[int]) -> Decoded:
-        images: list[Tensor] = []
-        good: list[int] = []
-        broken: list[Broken] = []
-        for position in positions:
-            try:
-                image = decode(dataset.read(position))
-                images.append(view(image, position) if view else preprocess(image))
-                good.append(position)
-            except BadImage as error:
-                broken.append(Broken(dataset.keys[position], error.reason))
-        size = preprocess.image_size
-        stacked = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return Decoded(stacked, good, broken)
+    def __init__(self, batches: Generator[Decoded, None, None], encode: Encoder) -> None:
+        self.batches, self.cuda = batches, encode.device.type == "cuda"
+        size = encode.preprocess.image_size
+        self.nothing = Decoded(torch.empty(0, 3, size, size, dtype=torch.uint8), [], [])
+        self.begin, self.waited = time.monotonic(), 0.0
 
-    batches = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    workers = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        yield from _ordered(pool, load, batches, ahead=2 * workers)
+    def next(self) -> Decoded:
+        start = time.monotonic()
+        batch = next(self.batches, self.nothing)
+        if not self.cuda or torch.cuda.current_stream().query():
+            self.waited += time.monotonic() - start
+        return batch
 
+    @property
+    def share(self) -> float:
+        return self.waited / max(time.monotonic() - self.begin, 1e-9)
 
-def _ordered(
-    pool: ThreadPoolExecutor, function: Callable[[Sequence[int]], Decoded], items: Sequence[Sequence[int]], ahead: int
-) -> Iterator[Decoded]:
-    waiting: list[Future[Decoded]] = []
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= ahead:
-                yield waiting.pop(0).result()
-        while waiting:
-            yield waiting.pop(0).result()
-    finally:
-        for future in waiting:
-            future.cancel()
+    def end(self) -> None:
+        """Ends the threads, also when the ranks have agreed to stop."""
+        self.batches.close()
 
 
-def pictures(dataset: Dataset, rows: Sequence[int], preprocess: Preprocess) -> Tensor:
-    """uint8 N 3 H W of positions that are known to be readable."""
-    batches = list(decoded(dataset, rows, preprocess))
-    if lost := [bad for batch in batches for bad in batch.broken]:
-        raise DataError(f"'{lost[0].key}' was readable before and is not now ({lost[0].reason}); is the disk failing?")
-    return torch.cat([batch.images for batch in batches])
+class _Sink:
+    """Where features go: tables N D with a row for each picture of the data set, made once and at their full size.
+
+    What the device computes is fetched one step later, so that it has work while this process waits. What is wrong with
+    the features of one rank stops all of them together: it is kept until the ranks ask each other.
+    """
+
+    def __init__(self, dataset: Dataset, kinds: Sequence[Kind]) -> None:
+        self.dataset, self.kinds = dataset, kinds
+        self.tables: dict[Kind, Tensor] = {}
+        self.rows: list[int] = []
+        self.broken: list[Broken] = []
+        self.waiting: deque[tuple[dict[Kind, Tensor], list[int]]] = deque()
+        self.wrong = ""
+
+    def count(self, broken: list[Broken]) -> None:
+        self.broken += broken
+        self._say(self._too_many(self.broken))
+
+    def _say(self, wrong: str) -> None:
+        """One process ends at once, several together. Raises DataError."""
+        self.wrong = self.wrong or wrong
+        if self.wrong and distributed.world_size() == 1:
+            raise DataError(self.wrong)
+
+    def _too_many(self, broken: Sequence[Broken]) -> str:
+        if len(broken) <= MAX_BAD * len(self.dataset):
+            return ""
+        return (
+            f"more than {MAX_BAD:.0%} of the {len(self.dataset):,} pictures of the {self.dataset.name} data cannot be "
+            f"read, such as '{broken[0].key}' ({broken[0].reason}); repair or remove them"
+        )
+
+    def add(self, found: dict[Kind, Tensor], rows: list[int]) -> None:
+        self.waiting.append((found, rows))
+        if len(self.waiting) > 1:
+            self._fetch()
+
+    def flush(self) -> None:
+        while self.waiting:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        found, rows = self.waiting.popleft()
+        for kind, features in found.items():
+            if kind not in self.tables:
+                self.tables[kind] = torch.empty(len(self.dataset), features.shape[1])
+            if not rows:
+                continue
+            features = features.cpu()
+            if not torch.isfinite(features).all():
+                bad = int((~torch.isfinite(features)).any(dim=1).nonzero()[0])
+                self._say(
+                    f"the encoder gives nan or infinity on the {self.dataset.name} data, first for "
+                    f"'{self.dataset.keys[rows[bad]]}' ({kind} features); its weights are damaged, or too large for "
+                    f"--precision bf16"
+                )
+            self.tables[kind][rows[0] : rows[-1] + 1][_within(rows)] = features
+        self.rows += rows
+
+    def table(self) -> Table:
+        """Of all ranks, which take part together. Raises DataError."""
+        everybody = distributed.gather((self.wrong, self.broken))
+        broken = [one for _, own in everybody for one in own]
+        if wrong := next((wrong for wrong, _ in everybody if wrong), self._too_many(broken)):
+            raise DataError(wrong)
+        rows = distributed.exchange(self.tables, torch.tensor(self.rows, dtype=torch.int64))
+        tables = {kind: _compact(self.tables.pop(kind), rows) for kind in self.kinds}
+        return Table(dict(tables), rows, dict(Counter(one.reason for one in broken)))
 
 
-# --------------------------------------------------------------------------------------------------------------- cache
+def _within(rows: list[int]) -> Any:
+    """Rows of a batch, as places in the stretch from the first to the last."""
+    whole = rows[-1] - rows[0] + 1 == len(rows)
+    return slice(None) if whole else torch.tensor(rows) - rows[0]
 
 
-def _load(file: Path, identity: str, kind: Kind) -> tuple[Tensor, Tensor, dict[str, int]] | None:
-    if not file.is_file():
-        return None
-    try:
-        with safe_open(file, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-            if metadata.get("identity") != identity:
-                return None
-            features, rows = stored.get_tensor(kind), stored.get_tensor("rows")
-        return features, rows, json.loads(metadata["broken"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        log.warning("warning: the cached features %s are damaged (%s) and are made again", file, error)
-        return None
-
-
-def _save(file: Path, identity: str, every: dict[Kind, Tensor], rows: Tensor, broken: dict[str, int]) -> None:
-    metadata = {"identity": identity, "broken": json.dumps(broken)}
-    try:
-        write_bytes(file, save({**{kind: t.contiguous() for kind, t in every.items()}, "rows": rows}, metadata))
-    except OSError as error:
-        log.warning("warning: features are not cached, cannot write %s (%s)", file, error)
+def _compact(table: Tensor, rows: Tensor) -> Tensor:
+    """The rows, moved up in place: a second table would be as large as the first."""
+    if len(rows) == len(table):
+        return table
+    start = 0
+    for part in rows.split(1 << 16):  # in order: what is read lies at or after what is written
+        table[start : start + len(part)] = table[part]
+        start += len(part)
+    return table[:start]

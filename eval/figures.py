@@ -65,7 +65,7 @@ def loss_curves(panels: dict[str, list[Curve]]) -> str:
             ax.set_ylabel("loss")
             if len(labels) > 1:
                 ax.legend(fontsize=9)
-        return _svg(figure)
+        return svg(figure)
 
 
 def training_curves(panels: dict[str, list[Curve]]) -> str:
@@ -89,7 +89,7 @@ def training_curves(panels: dict[str, list[Curve]]) -> str:
         if len(colour) > 1:
             handles = [axes[0].plot([], [], color=shade, label=label)[0] for label, shade in colour.items()]
             figure.legend(handles=handles, loc="outside upper left", ncols=len(colour), fontsize=9)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _draw(ax: Any, title: str, curves: Sequence[Curve], colour: dict[str, str]) -> set[str]:
@@ -146,7 +146,7 @@ def label_histogram(counts: Sequence[int], names: Sequence[str]) -> str:
         for place, index in zip(places, shown, strict=True):
             right.annotate(f" {counts[index]:,}", (counts[index], place), va="center", fontsize=8, color="#5b616b")
         right.margins(x=0.08)
-        return _svg(figure)
+        return svg(figure)
 
 
 def score_plot(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -180,7 +180,7 @@ def score_plot(rows: Sequence[Row], columns: Sequence[str]) -> str:
         for column in columns:
             ax.plot([], [], "o", color=colour[column], label=column)
         figure.legend(loc="outside upper left", ncols=len(columns), fontsize=10)
-        return _svg(figure)
+        return svg(figure)
 
 
 def png(pixels: np.ndarray) -> str:
@@ -198,7 +198,7 @@ def thumbnail(image: Image.Image, side: int = 112) -> str:
     return png(np.asarray(image))
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return _uri("image/svg+xml", buffer.getvalue())

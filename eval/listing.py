@@ -45,7 +45,7 @@ def every_set() -> Iterator[str]:
         file = class_files.read_class_file(path)
         spoken = " ".join([file.language, *class_files.languages(path)])
         rows.append((name, str(len(file.entries)), str(len(file.templates)), spoken, _said(file, "task")))
-    yield from _aligned(rows)
+    yield from aligned(rows)
     yield ""
     yield f"templates alone: {', '.join(bundled())}"
 
@@ -63,7 +63,7 @@ def one_set(file: ClassFile, classes: Classes) -> Iterator[str]:
     yield from (f"  {template}" for template in classes.templates)
     yield "classes:"
     folders = classes.folders or ((),) * len(classes)
-    yield from _aligned(
+    yield from aligned(
         (str(label), "; ".join(classes.names[label]), classes.synsets[label] or "", "; ".join(folders[label]))
         for label in range(len(classes))
     )
@@ -74,7 +74,7 @@ def _said(file: ClassFile, key: str) -> str:
     return str(value)
 
 
-def _aligned(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+def aligned(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
     table = list(rows)
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     for row in table:

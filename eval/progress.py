@@ -19,6 +19,7 @@ class Progress:
         self.terminal = self.stream.isatty()
         self.next = self.start + QUIET
         self.shown = False
+        self.more = ""  # to say in every line
 
     def __enter__(self) -> "Progress":
         return self
@@ -28,7 +29,7 @@ class Progress:
             self._show("\n")
 
     def add(self, count: int) -> None:
-        self.done += count
+        self.done = min(self.total, self.done + count)
         if time.monotonic() >= self.next:
             self._show("" if self.terminal else "\n")
             self.next = time.monotonic() + EVERY[self.terminal]
@@ -39,5 +40,5 @@ class Progress:
         rate = self.done / seconds
         left = f", {(self.total - self.done) / rate:.0f} s left" if 0 < self.done < self.total else f", {seconds:.0f} s"
         start = "\r\033[K" if self.terminal else ""
-        self.stream.write(f"{start}{self.what}: {self.done:,} of {self.total:,}, {rate:.0f}/s{left}{end}")
+        self.stream.write(f"{start}{self.what}: {self.done:,} of {self.total:,}, {rate:.0f}/s{left}{self.more}{end}")
         self.stream.flush()

@@ -22,11 +22,19 @@ from markupsafe import Markup
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.files import write_bytes
 from data_pipeline.shardset import ShardSet
-from eval import contamination, figures, report_papers, report_samples, report_zero_shot
+from eval import (
+    contamination,
+    figures,
+    report_compare,
+    report_look,
+    report_papers,
+    report_samples,
+    report_zero_shot,
+)
 from eval.report_intervals import DRAWS, IMAGES, NOTHING, SEEDS
 from eval.report_runs import Folder, Run, open_shards, read_folder
 from eval.report_scores import Row, ScoreTable, score_table, verdict
-from eval.report_tasks import DEFAULT_LANGUAGE, language
+from eval.report_tasks import DEFAULT_LANGUAGE, is_look, language
 from eval.results import Result
 from maws.config import STAGE_NAMES
 
@@ -100,6 +108,8 @@ def render(path: Path) -> str:
         score_rows=in_one_language(table.rows),
         **zero_shot_tables(folder, table),
         paper_rows=report_papers.pairs(folder.results),
+        compare=_section("comparison", lambda: report_compare.section(folder, path), folder.notes),
+        look=_section("spectra and attention", lambda: report_look.section(folder, path), folder.notes),
         loss=_loss(folder, path),
         courses=(courses := _courses(folder)),
         training_plot=_training_plot(courses),
@@ -157,7 +167,7 @@ def introduction(folder: Folder, shards: ShardSet | None, table: ScoreTable) -> 
     if parts:
         model = next((m for run in folder.runs if (m := _model_words(run))), "")
         sentences.append(f"Trained{model}: {'; '.join(parts)}.")
-    sizes = sorted({result.n for result in folder.results})
+    sizes = sorted({result.n for result in folder.results if not is_look(result.metric)})
     classes = sorted({c for r in folder.results if isinstance(c := r.config.get("num_classes"), int)})
     if sizes:
         of = f" of {'/'.join(map(str, classes))} classes" if classes else ""
@@ -348,6 +358,16 @@ class Pictures:
     items: Sequence[Any] = ()
     words: str = ""
     missing: Markup | None = None
+
+
+def _section(what: str, make: Callable[[], Markup | None], notes: list[str]) -> Markup | None:
+    """A section that is made elsewhere; None where there is nothing to show, and where it cannot be made."""
+    try:
+        return make()
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("warning: the report has no %s: %s", what, error)
+        notes.append(f"{what}: {error}")
+        return None
 
 
 def _optional(what: str, make: Callable[[], Pictures], notes: list[str]) -> Pictures:

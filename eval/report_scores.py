@@ -12,9 +12,19 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import NamedTuple
 
-from eval.report_intervals import DRAWS, IMAGES, SEEDS, Score, plain, score, t_interval
+from eval.report_intervals import DRAWS, IMAGES, NOTHING, SEEDS, Score, plain, score, t_interval
 from eval.report_settings import differing, setting
-from eval.report_tasks import SHARE, Identity, Task, identity, tasks, unit
+from eval.report_tasks import (
+    Identity,
+    Task,
+    identity,
+    is_detail,
+    is_look,
+    is_of_images,
+    less_is_better,
+    tasks,
+    unit,
+)
 from eval.results import Result
 from maws.config import STAGE_NAMES
 
@@ -48,9 +58,9 @@ class Row:
 
     @property
     def best(self) -> str | None:
-        if len(self.cells) < 2:
+        if len(self.cells) < 2 or is_look(self.metric):
             return None
-        wins = max if self.unit == SHARE else min
+        wins = min if less_is_better(self.metric) else max
         return wins(self.cells, key=lambda column: self.cells[column].mean)
 
 
@@ -81,6 +91,7 @@ class ScoreTable:
     differences: list[Difference] = field(default_factory=list)
     hierarchy: list[Row] = field(default_factory=list)  # how far off mistakes are in WordNet
     retrieval: list[Row] = field(default_factory=list)  # R@k
+    looks: list[Row] = field(default_factory=list)  # of features, in dimensions and pixels: no accuracies
 
     @property
     def everything(self) -> list[Row]:
@@ -156,16 +167,18 @@ def score_table(results: Iterable[Result], entrants: Sequence[Entrant] = ()) -> 
     ]
     hierarchy = [row for row in rows if row.metric.startswith(HIERARCHY)]
     retrieval = [row for row in rows if RECALL.search(row.metric)]
-    plain_rows = [row for row in rows if row not in hierarchy and row not in retrieval]
+    looks = [row for row in rows if is_look(row.metric)]
+    plain_rows = [row for row in rows if row not in hierarchy and row not in retrieval and row not in looks]
+    plain_rows = [row for row in plain_rows if not is_detail(row.metric)]
     differences = _differences(with_results, values, column_of, of, several, settings)
-    return ScoreTable(list(columns), plain_rows, columns, differences, hierarchy, retrieval)
+    return ScoreTable(list(columns), plain_rows, columns, differences, hierarchy, retrieval, looks)
 
 
 Values = dict[str, dict[str, list[float]]]  # by column and run: a value per draw
 
 
 def _cell_of(metric: str, by_run: dict[str, list[float]], n: int) -> Score:
-    return (score if unit(metric) == SHARE else plain)(list(by_run.values()), n)
+    return (score if is_of_images(metric) else plain)(list(by_run.values()), n)
 
 
 def _with_several_tasks(keys: Iterable[Key]) -> set[str]:
@@ -225,7 +238,9 @@ def _differences(
     theirs = {e.seed: e for e in entrants if e.lineage == ("wsp",)}
     pairs = [(ours[s], theirs[s]) for s in sorted(ours.keys() & theirs.keys()) if ours[s].steps == theirs[s].steps]
     found: list[Difference] = []
-    for key in sorted((k for k in values if not k.metric.startswith(HIERARCHY)), key=lambda key: _row_order(key, of)):
+    accuracies = [key for key in values if not key.metric.startswith(HIERARCHY) and not is_look(key.metric)]
+    accuracies = [key for key in accuracies if not is_detail(key.metric)]
+    for key in sorted(accuracies, key=lambda key: _row_order(key, of)):
         both = [
             (a.seed, fmean(values[key][column_of[a.name]][a.name]), fmean(values[key][column_of[b.name]][b.name]))
             for a, b in pairs
@@ -307,4 +322,6 @@ def as_text(table: ScoreTable) -> str:
 def _cell(value: Score | None) -> str:
     if value is None:
         return "–"
+    if value.over == NOTHING:
+        return f"{100 * value.mean:.1f}"
     return f"{100 * value.mean:.1f} ±{100 * value.half_width:.1f}" + {SEEDS: "", DRAWS: "d", IMAGES: "i"}[value.over]

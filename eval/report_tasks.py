@@ -1,6 +1,6 @@
 """What a score was measured on, and in which unit: scores of two data sets or two languages never share a row.
 
-    top1, R@5 -> "share" · hierarchy/mistake_height -> "edges"
+    top1, R@5 -> "share" · hierarchy/mistake_height -> "edges" · attention_distance/block=12 -> "pixels"
 
 No torch.
 """
@@ -13,6 +13,8 @@ from typing import NamedTuple
 from eval.results import Result
 
 SHARE, EDGES = "share", "edges"
+# What the evaluators `spectrum` and `attention` say of features: not right or wrong, and more is not better.
+LOOKS = {"attention_distance": "pixels", "effective_rank": "dimensions", "variance@k": "% of variance"}
 DEFAULT_LANGUAGE = "en"
 
 Identity = tuple[str, str, str]  # hash of the data, hash of the classes or captions, language
@@ -54,9 +56,9 @@ def tasks(results: Iterable[Result]) -> dict[Identity, Task]:
     found: dict[Identity, Task] = {}
     for result in results:
         found.setdefault(identity(result), _task(result))
-    titles: dict[str, list[Identity]] = {}
-    for key, task in found.items():
-        titles.setdefault(task.title, []).append(key)
+    titles: dict[tuple[bool, str], list[Identity]] = {}
+    for key, task in found.items():  # pictures without classes or captions stand in other tables
+        titles.setdefault((bool(key[1]), task.title), []).append(key)
     for same in (keys for keys in titles.values() if len(keys) > 1):
         names = {found[key].classes for key in same}
         for key in same:
@@ -89,5 +91,33 @@ def _stem(path: str) -> str:
 
 
 def unit(metric: str) -> str:
-    """Lengths of ways in WordNet are no shares: they are not in %, have no Wilson interval, and less is better."""
-    return EDGES if re.search(r"(?:^|/)(?:mistake_|chance_)?(?:height|distance)$", metric) else SHARE
+    """Lengths of ways in WordNet are no shares: they are not in %, have no Wilson interval, and less is better. What
+    is said of features is in units of its own.
+    """
+    look = LOOKS.get(metric.partition("/")[0].partition("=")[0])
+    return look or (EDGES if re.search(r"(?:^|/)(?:mistake_|chance_)?(?:height|distance)$", metric) else SHARE)
+
+
+def is_look(metric: str) -> bool:
+    """Does it describe features, and say nothing of how often they are right?"""
+    return unit(metric) in LOOKS.values()
+
+
+_ERRORS = re.compile(r"(?:^|/)(?:corruption|ce)/|(?:^|/)(?:mce|mean-error)$")
+_MADE_OF_MANY = re.compile(r"(?:^|/)(?:ce/.*|mce|mean-error|aupr|corruption/[^/]+)$")
+_SEVERITY = re.compile(r"(?:^|/)corruption/[^/]+/\d$")
+
+
+def less_is_better(metric: str) -> bool:
+    """Errors (of eval/robust/corruption_error.py), and ways in WordNet."""
+    return unit(metric) == EDGES or bool(_ERRORS.search(metric))
+
+
+def is_of_images(metric: str) -> bool:
+    """Is it the share of images that are right (or wrong), which has Wilson's interval?"""
+    return unit(metric) == SHARE and not _MADE_OF_MANY.search(metric)
+
+
+def is_detail(metric: str) -> bool:
+    """One severity of a corruption: 75 of them make one score, and they stand in results.jsonl."""
+    return bool(_SEVERITY.search(metric))

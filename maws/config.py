@@ -63,7 +63,9 @@ class ModelConfig:
     patch: int = 0  # pixels; 0 is the variant's own
     class_tokens: int = 1  # 0: none
     positions: str = "sincos"  # how the table starts: sincos, or learned (random); or relative: a bias of the attention
-    pool: str = "cls"  # what stands for an image: cls (the class tokens' mean) or mean (the patches'), after the norm
+    # What stands for an image: cls (the class tokens' mean) or mean (the patches'), after the norm; mean_norm: the norm
+    # of the patches' mean, as MAE finetunes
+    pool: str = "cls"
     drop_path: float = 0.0
     dropout: float = 0.0
     fp32_attention: bool = False  # attention's logits and softmax in float32, whatever engine.precision says
@@ -104,6 +106,7 @@ class OptimConfig:
     schedule: str = "cosine"  # a key of schedule.SCHEDULES
     warmup: Duration = Duration(5, "percent")
     warmup_lr: float = 0.0  # where the warm-up begins; meant for the same batch size as `lr`
+    min_lr: float = 0.0  # where cosine and linear end, whatever the batch size; MAE finetunes down to 1e-6
     milestone: Duration = Duration(87.5, "percent")  # schedule=multistep: from here on lr x 0.1
     layer_decay: float = 1.0  # learning rate of a block against the one after it; 1: all alike
     ema: float = 0.0  # exponential mean of all trained weights, kept beside them and released too; 0: none
@@ -261,7 +264,7 @@ def _parse(hint: Any, text: str, path: str) -> Any:
 
 
 # Settings that a run fills in while it starts, and what they are before.
-UNKNOWN: dict[str, Any] = {"synsets": 0, "text.vocabulary": 0, "text_sha256": "", "features_sha256": ""}
+UNKNOWN: dict[str, Any] = {"synsets": 0, "classes": 0, "text.vocabulary": 0, "text_sha256": "", "features_sha256": ""}
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

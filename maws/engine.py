@@ -3,6 +3,7 @@
     runtime = start(cfg.engine)                     # process group, device, precision
     with runtime.partitioned(): objective = ...     # parameters are split over the ranks as they are made
     engine = runtime.build(objective, groups, cfg)  # forward, backward, step, the local part of the state
+    frozen = Frozen(make, read, device)             # no training: a module whose parameters are split over the ranks
 
 The file in force and what is merged into it are in maws/ds_config.py; the means of weights in maws/momentum.py.
 """
@@ -18,7 +19,7 @@ import torch.distributed as td
 from torch import Tensor, nn
 
 from maws import compiling, dist, ds_config
-from maws.config import ConfigError, EngineConfig, OptimConfig
+from maws.config import ConfigError, Duration, EngineConfig, OptimConfig
 from maws.data.batch import Batch, Losses
 from maws.host_copy import copy_to_host
 from maws.momentum import MomentumTarget, WeightMeans, write
@@ -104,6 +105,43 @@ class Runtime:
         if dist.initialised():
             td.destroy_process_group()
             groups._WORLD_GROUP = None  # DeepSpeed's copy of it: a later run of this process makes another
+
+
+class Frozen:
+    """A module for inference alone, its parameters split over the ranks: ZeRO-3 without optimizer and gradients.
+
+    `make` gives the module, without values; `read` those of a parameter by its name, and is asked on rank 0 alone. The
+    process group stands already. All ranks take part in everything, the same number of times.
+    """
+
+    def __init__(self, make: Callable[[], nn.Module], read: Callable[[str], Tensor], device: torch.device) -> None:
+        own = ds_config.ds_config(EngineConfig(), device.type, ranks=dist.world_size())
+        nothing = OptimConfig(batch_size=dist.world_size(), lr=0.0, length=Duration(0, "steps"))  # is trained
+        config = ds_config.merged(own, nothing, "fp32", micro=1, accumulate=1)
+        if device.type == "cpu":
+            deepspeed.ops.__dict__["__compatible_ops__"] = {}  # no probe for compilers, no shared-memory op
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, timeout=dist.timeout(), verbose=False)  # takes the group over
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            module = make()
+        for name, param in module.named_parameters():
+            with deepspeed.zero.GatheredParameters([param], modifier_rank=0), torch.no_grad():
+                if dist.rank() == 0:
+                    param.copy_(read(name))
+        set_z3_leaf_modules(module, LEAVES, raise_if_not_found=False)
+        self.module = module.eval().requires_grad_(False)
+        self._engine, *_ = deepspeed.initialize(model=self.module, config=config, dist_init_required=False)
+        self._engine.eval()
+
+    @torch.no_grad()
+    def inside(self, function: Callable[[], Any]) -> Any:
+        """What `function` gives, which may call any part of the module: as in its forward, parameters are whole."""
+        with _forward(self.module, function):
+            return self._engine()
+
+    def close(self) -> None:
+        self._engine.destroy()
+        groups._WORLD_GROUP = None  # DeepSpeed's copy of the process group, which its owner ends
 
 
 class Engine:
@@ -269,7 +307,7 @@ def _local_fp32(param: nn.Parameter) -> Tensor:
 
 
 @contextmanager
-def _forward(module: nn.Module, function: Callable[[], Tensor]) -> Iterator[None]:
+def _forward(module: nn.Module, function: Callable[[], Any]) -> Iterator[None]:
     """For a while, calling the module (its hooks stay) is calling the function."""
     own = module.__dict__  # not setattr, which would register a module given as a function
     before = own.get("forward")

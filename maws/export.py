@@ -73,7 +73,7 @@ def export(
         beside = source.weights(parts.rename, DTYPES[dtype], ema=True) if source.has_ema and not ema else None
         weights = source.weights(parts.rename, DTYPES[dtype], ema)
         try:
-            write_release(output, weights, facts, preprocess_of(cfg), parts.files, beside, max_shard)
+            write_release(output, weights, facts, preprocess_of(cfg, stage), parts.files, beside, max_shard)
         except OSError as e:
             raise CheckpointError(f"{output} could not be written: {e}; nothing of it is left") from None
     log.info(
@@ -109,8 +109,10 @@ def facts_of(record: dict[str, Any], cfg: TrainConfig, of_stage: dict[str, Any],
     }  # fmt: skip
 
 
-def preprocess_of(cfg: TrainConfig) -> Preprocess:
-    return Preprocess(stages.image_side(cfg.model), mean=cfg.data.mean, std=cfg.data.std)
+def preprocess_of(cfg: TrainConfig, stage: stages.Stage) -> Preprocess:
+    """How evaluation makes pictures: the stage says, or the short side becomes the image size."""
+    make = getattr(stage, "preprocess", None)
+    return make(cfg) if make else Preprocess(stages.image_side(cfg.model), mean=cfg.data.mean, std=cfg.data.std)
 
 
 def publish(
@@ -130,7 +132,7 @@ def publish(
             mean = source.weights(parts.rename, torch.float32, ema=True) if source.has_ema else None
             facts = facts_of(record, cfg, parts.config, steps)
             weights = source.weights(parts.rename, torch.float32, ema=False)
-            write_release(run / "release", weights, facts, preprocess_of(cfg), parts.files, mean)
+            write_release(run / "release", weights, facts, preprocess_of(cfg, stage), parts.files, mean)
         except (OSError, UserError) as e:
             failure = f"the release could not be written: {e}. The checkpoints are whole: go on with --resume auto"
     if failure := dist.broadcast(failure):
@@ -193,8 +195,9 @@ class Source:
             )
         prefix, tower = next((n, m) for n, m in self.objective.named_modules() if isinstance(m, VisionTransformer))
         file, options = TowerFile(release), self.cfg.handover
-        names = {f"{prefix}.{n}" if prefix else n: n for n in file.names}
-        return file, names, Fit(tower.shape, tower.grid, options.align_corners, options.patch)
+        fit = Fit(tower.shape, tower.grid, options.align_corners, options.patch)
+        names = {f"{prefix}.{n}" if prefix else n: n for n in file.names if fit.takes(n, release.shape)}
+        return file, names, fit
 
     def _pretrained_text(self, name: str, shape: torch.Size) -> Tensor | None:
         """A locked text tower comes whole from where it was published."""

@@ -128,12 +128,13 @@ def load_backbone(
     """Give a (possibly partitioned) image tower the weights of a release; all ranks take part.
 
     A position table of another grid is resized, a patch kernel of another side is resampled if `options.patch` says
-    how. Raises CheckpointError when the release is of another architecture, ConfigError for an unknown option.
+    how, and a final norm that is for something else (pool mean_norm) is left as it starts. Raises CheckpointError when
+    the release is of another architecture, ConfigError for an unknown option.
     """
     if options.patch not in ("refuse", *RESAMPLING):
         raise ConfigError(f"handover.patch={options.patch} is not known; use refuse, {' or '.join(RESAMPLING)}")
     fit = Fit(tower.shape, tower.grid, options.align_corners, options.patch)
-    own = [(n, p) for n, p in tower.named_parameters() if re.fullmatch(ENCODER, n)]
+    own = [(n, p) for n, p in tower.named_parameters() if re.fullmatch(ENCODER, n) and fit.takes(n, release.shape)]
     with TowerFile(release) as file:
         _refuse(file, fit, own, release)
         for name, param in own:

@@ -21,7 +21,7 @@ from maws.models.text import BOS, EOS, PAD, TextShape
 from maws.models.vit import Shape
 from maws.release import Release, load_image_tower, load_masked_autoencoder, load_two_tower
 from maws.seeding import generator
-from maws.tower_file import Fit, reference_tokens
+from maws.tower_file import EPS, Fit, reference_tokens
 
 TOLERANCE = 1e-4  # largest difference, as a share of the largest value; float32 adds in another order (handover.py)
 COPIES = 2  # of the weights while a release is loaded: as they are read, and in the module
@@ -95,7 +95,13 @@ def _trunk(release: Release, converted: Converted, dtype: torch.dtype) -> list[D
         load_masked_autoencoder(release)  # strictly
     tower, images = load_image_tower(release), fixed_images(converted.image_size)
     want = _tokens(converted.shape, converted.weights, images, tower.grid, dtype)
-    return [difference("tokens of two images", tower(images), want)]
+    found = [difference("tokens of two images", tower(images), want)]
+    if tower.norms_the_mean:
+        weight, bias = (converted.weights[f"norm.{part}"].to(dtype).float() for part in ("weight", "bias"))
+        mean = want[:, tower.class_tokens :].mean(dim=1)
+        pooled = F.layer_norm(mean, mean.shape[1:], weight, bias, EPS)
+        found.append(difference("features of two images", tower.pooled(tower(images)), pooled))
+    return found
 
 
 @torch.no_grad()

@@ -169,7 +169,7 @@ def streamed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Weights:
 
 def facts_of(asked: Import, found: Converted | ConvertedClip) -> dict[str, Any]:
     """The release's config.json."""
-    lineage = asked.lineage.split(",") if asked.lineage else LINEAGE.get(found.layout, ["imported"])
+    lineage = asked.lineage.split(",") if asked.lineage else lineage_of(found)
     return {
         "stage": stage_of(found), "lineage": lineage, "variant": found.variant or "own", "model": describe(found.shape),
         "image_size": found.image_size, **_more(asked, found),
@@ -179,6 +179,12 @@ def facts_of(asked: Import, found: Converted | ConvertedClip) -> dict[str, Any]:
         },
         "shards_sha256": "", "init_sha256": "", "dtype": asked.dtype,
     }  # fmt: skip
+
+
+def lineage_of(found: Converted | ConvertedClip) -> list[str]:
+    """The stages that made it, where the layout tells."""
+    known = LINEAGE.get(found.layout, ["imported"])
+    return [*known, "finetune"] if found.layout == "mae" and found.kind == "classifier" else known
 
 
 def stage_of(found: Converted | ConvertedClip) -> str:

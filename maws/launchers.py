@@ -23,6 +23,7 @@ MPI = {  # rank, size, rank and size on this machine
     "Open MPI": (OPEN_MPI + "RANK", OPEN_MPI + "SIZE", OPEN_MPI + "LOCAL_RANK", OPEN_MPI + "LOCAL_SIZE"),
     "PMI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
+FIRST = ("RANK", "SLURM_PROCID", *(kind[0] for kind in MPI.values()))  # what says which rank this is
 FIRST_PORT, PORTS = 15000, 16384  # below what Linux gives to outgoing connections (from 32768)
 
 
@@ -82,10 +83,17 @@ def one_device_each(devices: int) -> World:
     return world
 
 
+def started_alone() -> bool:
+    """Is this the only process, as far as the environment says? Nothing is filled in where no launcher is named.
+
+    Raises ConfigError as `detect` does.
+    """
+    return not any(name in os.environ for name in FIRST) or detect().size == 1
+
+
 def started_as_first() -> bool:
     """Is this rank 0, as far as can be told without an error?"""
-    names = ("RANK", "SLURM_PROCID", *(kind[0] for kind in MPI.values()))
-    return next((os.environ[n] for n in names if n in os.environ), "0").strip() in ("", "0")
+    return next((os.environ[n] for n in FIRST if n in os.environ), "0").strip() in ("", "0")
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ from torch import nn
 from maws import stages
 from maws.config import ConfigError, EngineConfig, TrainConfig, load_json, override
 from maws.ds_config import chosen, path_of
-from maws.models.flops import SYNSETS
+from maws.models.flops import CLASSES, SYNSETS
 from maws.models.text import TEXT_VARIANTS
 from maws.momentum import HasTarget
 from maws.objectives.chunked_softmax import chosen_chunk
@@ -134,6 +134,10 @@ def filled(cfg: Any, synsets: int = 0) -> tuple[Any, list[str]]:
         changes.append(f"synsets={synsets or SYNSETS}")
         if not synsets:
             assumed.append(f"{SYNSETS:,} synsets, those of IG-3B (give --shards for your own)")
+    if getattr(cfg, "classes", None) == 0:
+        changes.append(f"classes={synsets or CLASSES}")
+        if not synsets:
+            assumed.append(f"{CLASSES:,} classes, those of ImageNet-1k (give --shards for your own)")
     if getattr(cfg, "prior_bias", False):
         changes.append("prior_bias=no")  # a value, not a size
     text = getattr(cfg, "text", None)

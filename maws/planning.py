@@ -224,7 +224,7 @@ def _data(options: argparse.Namespace, cfg: TrainConfig, assumed: list[str]) -> 
         shards = ShardSet.open(options.shards)
         from maws.data.loader import make_order
 
-        order = make_order(cfg.data, shards, cfg.seed, 1, labelled=hasattr(cfg, "synsets"))
+        order = make_order(cfg.data, shards, cfg.seed, 1, labelled=hasattr(cfg, "synsets") or hasattr(cfg, "classes"))
         each = sum(s["bytes"] for s in shards.manifest["shards"]) / max(1, len(shards))
         return Data(order.visits, stated or each, len(shards.vocabulary))
     samples = options.samples

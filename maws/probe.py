@@ -147,8 +147,11 @@ def gather(mine: Tensor, valid: np.ndarray, number: int) -> tuple[Tensor, Tensor
 class Pictures:
     """This rank's share of some pictures as uint8 3 side side, read when first asked for and then kept in memory."""
 
-    def __init__(self, shards: ShardSet, choices: Sequence[Choice], part: Part, side: int) -> None:
-        self.shards, self.choices, self.preprocess = shards, choices, Preprocess(side)
+    def __init__(
+        self, shards: ShardSet, choices: Sequence[Choice], part: Part, side: int, preprocess: Preprocess | None = None
+    ) -> None:
+        """Seen as `preprocess` says; without one, the short side is resized to `side` and the centre cut."""
+        self.shards, self.choices, self.preprocess = shards, choices, preprocess or Preprocess(side)
         self.places, self.valid = share(len(choices), part)
         self._images: Tensor | None = None
         size = len(self.places) * 3 * side**2 / (1 << 20)
@@ -274,7 +277,7 @@ def told(found: dict[str, float], what: str, queries: int) -> dict[str, float]:
     found = dist.broadcast({name: round(value, 4) for name, value in found.items()})
     score, chance = found.values()
     log.info(
-        "probe: %s are right for %.1f%% of %d pictures; the commonest synset alone would be for %.1f%%",
+        "probe: %s: right for %.1f%% of %d pictures; the commonest answer alone would be for %.1f%%",
         what, 100 * score, queries, 100 * chance,
     )  # fmt: skip
     return found

@@ -5,7 +5,7 @@ RUN/release/model.safetensors    fp32, timm's and MAE's parameter names; above 5
             config.json          stage, lineage, model sizes, what it was trained on
             preprocess.json      how evaluation images are made
             tokenizer/           LiT only
-            vocabulary.parquet   WSP only: what the head's outputs mean
+            vocabulary.parquet   WSP and fine-tuned: what the head's outputs mean
             README.md            model card
 
 release = open_release("runs/demo/mae_wsp"); tower = load_image_tower(release)

@@ -47,8 +47,16 @@ def schedule_of(cfg: OptimConfig, warmup: int, total: int, milestone: int) -> Sc
         raise ConfigError(f"optim.lr={cfg.lr:g} trains nothing; give a learning rate above 0")
     if cfg.schedule not in SCHEDULES:
         raise ConfigError(f"optim.schedule={cfg.schedule} is not known; {nearest(cfg.schedule, list(SCHEDULES))}")
+    if not 0 <= cfg.min_lr < cfg.peak_lr:
+        raise ConfigError(
+            f"optim.min_lr={cfg.min_lr:g} must be at least 0 and less than the learning rate, which is "
+            f"{cfg.peak_lr:.3g} at batch {cfg.batch_size}"
+        )
+    if cfg.min_lr and cfg.schedule not in ("cosine", "linear"):
+        raise ConfigError(f"optim.min_lr={cfg.min_lr:g} is where cosine and linear end; {cfg.schedule} has no such end")
     if cfg.schedule != "multistep":
-        return _starting_at(cfg.warmup_lr / cfg.lr, warmup, SCHEDULES[cfg.schedule](warmup, total))
+        falling = _ending_at(cfg.min_lr / cfg.peak_lr, warmup, SCHEDULES[cfg.schedule](warmup, total))
+        return _starting_at(cfg.warmup_lr / cfg.lr, warmup, falling)
     if milestone < warmup:
         raise ConfigError(
             f"optim.milestone={cfg.milestone} is step {milestone}, within the {warmup} steps of warm-up; "
@@ -60,6 +68,11 @@ def schedule_of(cfg: OptimConfig, warmup: int, total: int, milestone: int) -> Sc
 def _starting_at(start: float, warmup: int, schedule: Schedule) -> Schedule:
     """The same with a warm-up from `start` instead of 0."""
     return lambda step: start + (1 - start) * schedule(step) if step < warmup else schedule(step)
+
+
+def _ending_at(end: float, warmup: int, schedule: Schedule) -> Schedule:
+    """The same with a fall to `end` instead of 0 (MAE's fine-tuning, recipes §9.4)."""
+    return lambda step: schedule(step) if step < warmup else end + (1 - end) * schedule(step)
 
 
 def _warm(step: int, warmup: int) -> float:

@@ -34,6 +34,12 @@ class Fit:
     align_corners: bool = False
     patch: str = "bicubic"
 
+    def takes(self, name: str, there: Shape) -> bool:
+        """Is a tensor of a tower of shape `there` one for this model? A norm of tokens is none for their mean, and the
+        other way round: then the model's is new, as in MAE's finetuning (recipes §9.4)."""
+        norm = name.startswith("norm.")
+        return not norm or (self.shape.pool == "mean_norm") == (there.pool == "mean_norm")
+
 
 class TowerFile(AbstractContextManager["TowerFile"]):
     """The tensors of a release; those of the image tower under timm's names, whatever the stage that wrote them."""
@@ -97,8 +103,8 @@ class Tower(Protocol):
 
 @torch.no_grad()
 def reference_tokens(tower: Tower, images: Tensor, fit: Fit) -> Tensor:
-    """Tokens after the final norm (B T D) of normalised images (B 3 H W): the ViT of recipes §1.2 in plain float32
-    operations, with one block's weights in memory at a time, on the images' device.
+    """Tokens (B T D) of normalised images (B 3 H W), after the final norm unless that is for their mean: the ViT of
+    recipes §1.2 in plain float32 operations, with one block's weights in memory at a time, on the images' device.
     """
 
     def read(name: str) -> Tensor:
@@ -116,6 +122,8 @@ def reference_tokens(tower: Tower, images: Tensor, fit: Fit) -> Tensor:
         x = x + read(POSITIONS)
     for i in range(shape.depth):
         x = _block(x, {n: read(f"blocks.{i}.{n}") for n in BLOCK}, shape.heads, mask)
+    if fit.shape.pool == "mean_norm":
+        return x
     return F.layer_norm(x, (shape.width,), read("norm.weight"), read("norm.bias"), EPS)
 
 

@@ -63,6 +63,8 @@ def _sizes(cfg: Any) -> list[str]:
         out += ["text.variant=atto", "text.pretrained=", "text.vocabulary=0", "joint_width=32"]
     if cfg.data.features != "images":
         out += ["data.features=images"]  # of another tower: the twin's own is made on the spot
+    if hasattr(cfg, "classes"):
+        out += ["classes=0", *(["trainable=last 1"] if cfg.trainable.startswith("last") else [])]  # of two blocks
     if hasattr(cfg, "synsets"):
         out += ["synsets=0", *(["chunk=3"] if cfg.chunk else [])]
     if hasattr(cfg, "target") and cfg.target.kind in ("pca", "tokens"):
@@ -78,6 +80,8 @@ def _lengths(cfg: TrainConfig) -> list[str]:
         "log.keys=yes", "log.wandb=", "log.tensorboard=no", "faults.hang_seconds=300", "data.streams=2",
         f"data.workers={min(cfg.data.workers, 1)}",
     ]  # fmt: skip
+    if cfg.optim.min_lr:
+        out += ["optim.min_lr=1e-6"]
     if cfg.optim.warmup_lr:
         out += ["optim.warmup_lr=1e-4"]
     if cfg.optim.milestone.unit != "percent":
@@ -138,7 +142,8 @@ def donor(cfg: TrainConfig) -> tuple[str, TrainConfig]:
     """A tiny training whose tower fits: what the twin of a stage with `init_from` starts from."""
     stage = "simmim" if cfg.model.positions == "relative" else "mae"
     base = stages.preset(stage, "debug")
-    model = dataclasses.replace(cfg.model, drop_path=0.0, dropout=0.0, checkpoint_blocks="none")
+    pool = "mean" if cfg.model.pool == "mean_norm" else cfg.model.pool  # no norm for the mean yet
+    model = dataclasses.replace(cfg.model, drop_path=0.0, dropout=0.0, checkpoint_blocks="none", pool=pool)
     optim = dataclasses.replace(base.optim, length=dataclasses.replace(base.optim.length, value=2))
     engine = dataclasses.replace(cfg.engine, precision="fp32", ds_config="zero3_cpu", compile="none")
     data = dataclasses.replace(base.data, streams=2)

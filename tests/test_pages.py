@@ -7,7 +7,7 @@ from pages import ROOT, accept, commands
 
 from eval import class_files
 
-PAGES = ("lit", "zero_shot", "weights", "training")
+PAGES = ("lit", "zero_shot", "weights", "training", "evaluation", "finetuning", "comparing")
 TEXTS = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in PAGES}
 
 

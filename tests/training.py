@@ -32,7 +32,8 @@ CAPTIONS = [
 
 
 # What each stage starts from: the chain of MAWS, and what stands beside it.
-BEFORE = {"mae": "", "simmim": "", "lc_mae": "", "wsp": "mae", "lit": "wsp"}
+BEFORE = {"mae": "", "simmim": "", "lc_mae": "", "wsp": "mae", "lit": "wsp", "finetune": "mae"}
+LABELLED = ("finetune",)  # stages that train on one class each
 
 
 def picture(number: int, size: tuple[int, int] = (40, 36)) -> bytes:

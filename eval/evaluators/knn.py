@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.base import EvaluatorConfig, File, Score
+from eval.correct import packed
 from eval.datasets import Data, check_classes
 from eval.features import Encoder, extract
 from eval.metrics import ranks
@@ -53,11 +54,10 @@ class Knn:
         classes = len(self.data.classes)
         features = F.normalize(bank.features, dim=1)  # N D
         means = prototypes(features, bank.labels, classes)  # S D
-        right = dict.fromkeys(sizes, 0)
-        prototype_right = 0
+        right: dict[str, list[Tensor]] = {}
         for query, label in test.split(256):  # B D, B: the whole similarity would not fit
             query = F.normalize(query, dim=1)
-            prototype_right += int((ranks(query @ means.T, label) == 0).sum())
+            right.setdefault("prototype/top1", []).append(ranks(query @ means.T, label) == 0)
             if not sizes:
                 continue
             similarity, nearest = (query @ features.T).topk(max(sizes))  # B K, best first
@@ -65,10 +65,10 @@ class Knn:
             for k in sizes:
                 votes = weight.new_zeros(len(query), classes)
                 votes.scatter_add_(1, bank.labels[nearest[:, :k]], weight[:, :k])  # B S
-                right[k] += int((votes.argmax(1) == label).sum())
-        for k in sizes:
-            yield Score(f"top1@k={k}", right[k] / len(test), len(test))
-        yield Score("prototype/top1", prototype_right / len(test), len(test))
+                right.setdefault(f"top1@k={k}", []).append(votes.argmax(1) == label)
+        for metric in (*(f"top1@k={k}" for k in sizes), "prototype/top1"):
+            hits = torch.cat(right[metric])  # N
+            yield Score(metric, hits.double().mean().item(), len(test), facts={"protocol": "knn"}, right=packed(hits))
 
 
 def prototypes(features: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -1,83 +1,47 @@
-"""Evaluator lowshot: K training images per class, several random splits; a linear classifier and VPT on a frozen trunk.
+"""Evaluator lowshot: K training images per class, several random splits; classifiers and adapters on a frozen trunk.
 
     python -m eval lowshot --run runs/demo/mae_wsp --train demo/emoji --data demo/emoji/eval-emojione.parquet
+    python -m eval lowshot … --set lowshot.methods=linear,ridge,msn,vpt,vpt-shallow,adaptformer,lora
+    python -m eval lowshot … --set lowshot.budget=paper lowshot.splits=runs/other/splits lowshot.chosen=FILE
 
-K is 1 and 5 from 5 seeds (recipes 9.2); a class with fewer than K images gives all it has. Every (K, seed) is written
-down as a split file beside the results. One score per seed: `1-shot/linear/top1`, `5-shot/vpt/top1`.
+K is 1, 5 and 10 from 5 seeds (recipes 9.2); a class with fewer than K images gives all it has. Every (K, seed) is
+written down as a split file beside the results, which another run can be given. One score per seed:
+`1-shot/linear/top1`, `5-shot/vpt/top1`.
 
-Hyper-parameters are fixed, or chosen on the training images of the first seed alone: l2 of the linear classifier on one
-image per class held out of its largest split, and then used for every K and seed.
+Hyper-parameters with more than one candidate are chosen on training images alone: the first seed's split of one K
+(`choose_on`), one image of every class held out. They then hold for every K and seed, stand in every score's `chosen`
+and in lowshot/chosen-….json.
 
-VPT is meant to be cheap, so that many encoders can be compared on a CPU: its head starts from the linear solution of
-the same split (on features under the initial prompts, which all splits share), and prompts and head are then trained
-together for a fixed, small number of steps (`vpt.steps`), without gradients for the trunk's weights; pictures are
-decoded once. This is far shorter than the paper's 100 epochs: raise `vpt.steps` on a GPU.
+Adapters train by one of two budgets. `fast`: the head starts from the linear solution of the same split on the features
+that the untrained adapter gives, and a few steps follow on pictures that are decoded once: many encoders can be
+compared on a CPU. `paper`: the published schedules, 100 epochs of random crops.
 """
 
 import hashlib
-import json
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Final
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from eval import logistic
-from eval.adapters.vpt import Vpt, initial_prompts, prompted_features
-from eval.base import EvaluatorConfig, File, Score
+from data_pipeline.errors import DataError
+from eval import chosen, splits
+from eval.adapters.adapted import check_whole
+from eval.adapters.bench import Bench
+from eval.adapters.settings import ADAPTERS, FITTED, METHODS, Config
+from eval.base import File, Score
+from eval.chosen import Choice
+from eval.correct import packed
 from eval.datasets import Data, check_classes
-from eval.evaluators.linear import choose_l2, hold_out, positions_in_class
-from eval.features import BATCH, Encoder, Features, extract, pictures
-from eval.metrics import topk
-from eval.progress import Progress
-from maws.seeding import generator
+from eval.features import Encoder, Features, extract
+from eval.sources.source import some
+from eval.splits import Which
 
-METHODS = ("linear", "vpt")
+__all__ = ["Config", "Lowshot"]
 
-Splits = dict[tuple[int, int], Tensor]  # (K, seed) -> positions among the training features
-Value = tuple[tuple[int, int], str, float]  # (K, seed), method, top-1
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearConfig:
-    l2: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    iterations: int = 60
-    search_iterations: int = 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class VptConfig:
-    """Rates and steps were tried on training images alone: one small encoder, the images of one vendor held out."""
-
-    prompts: int = 8  # recipes 9.2
-    steps: int = 8
-    batch: int = 64
-    lr: float = 3e-3
-    """Peak rate of the prompts (Adam)."""
-    head_lr: float = 1e-3
-    """Peak rate of the head (SGD: it starts from a solution, and Adam would push rows of classes not in the batch)."""
-    flip: bool = True
-    """Show half of the training images mirrored (recipes 9.2)."""
-    warmup: float = 0.1  # share of the steps; the paper's 10 of 100 epochs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(EvaluatorConfig):
-    k: tuple[int, ...] = (1, 5)
-    seeds: int = 5
-    """Splits per K: --seed, --seed + 1, …"""
-    methods: tuple[str, ...] = METHODS
-    linear: LinearConfig = field(default_factory=LinearConfig)
-    vpt: VptConfig = field(default_factory=VptConfig)
-
-    def __post_init__(self) -> None:
-        if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(f"unknown method '{min(unknown)}', there are: {', '.join(METHODS)}")
-        if not self.k or min(self.k) < 1 or self.seeds < 1:
-            raise ValueError("k must be one or more whole numbers from 1, and seeds at least 1")
+ALL: Final = 0.5  # of the training images: if more are drawn all are made into features, which other probes share
+PROTOCOLS: Final = {"vpt": "vpt-deep", "linear": "logistic"}  # where the method's name says less
 
 
 class Lowshot:
@@ -85,118 +49,70 @@ class Lowshot:
     needs_text: ClassVar[bool] = False
 
     def __init__(self, cfg: Config, data: Data, seed: int) -> None:
-        self.cfg, self.data = cfg, data
+        assert data.train is not None
+        self.cfg, self.data, self.pool = cfg, data, splits.Pool(data.train)
         self.seeds = range(seed, seed + cfg.seeds)
+        self.which = [(k, one) for k in cfg.k for one in self.seeds]
+        self.given = splits.read(Path(cfg.splits), self.which, data.train, data.classes) if cfg.splits else {}
+        wanted = {method: cfg.candidates(method)[0] for method in cfg.tuned}
+        self.choices = chosen.read(Path(cfg.chosen), cfg.budget, wanted) if cfg.chosen else None
 
     def run(self, encode: Encoder) -> Iterator[Score | File]:
-        assert self.data.train is not None
-        train, test = extract(encode, self.data.train), extract(encode, self.data.test)
+        if any(method in ADAPTERS for method in self.cfg.methods):
+            check_whole(encode)
+        dataset, test = self.pool.dataset, extract(encode, self.data.test)
+        drawn, train = self._drawn(encode)
         check_classes(self.data, test.labels.cpu().numpy(), train.labels.cpu().numpy())
-        chosen = self._choose(train)
-        splits = {(k, seed): split(train, k, seed) for k in self.cfg.k for seed in self.seeds}
-        for (k, seed), rows in splits.items():
-            yield split_file(train, rows, k, seed)
-        methods = [score for name, score in (("linear", self._linear), ("vpt", self._vpt)) if name in self.cfg.methods]
-        for score in methods:
-            for (k, seed), method, value in score(encode, train, test, splits, chosen["linear.l2"]):
-                file = split_file(train, splits[k, seed], k, seed)
-                hashes = {"split": hashlib.sha256(file.text.encode()).hexdigest()}
-                yield Score(f"{k}-shot/{method}/top1", value, len(test), seed, chosen, hashes)
+        files = {which: splits.file_of(dataset, drawn[which], *which) for which in self.which}
+        yield from files.values()
+        bench = Bench(self.cfg, self.data, encode, train, test, drawn, self.seeds[0])
+        choices = self.choices.choices if self.choices else bench.choose()
+        name = f"chosen-{self.cfg.budget}-{splits.name_of(dataset.keys)}-seed{self.seeds[0]}"
+        yield File(f"lowshot/{name}.json", chosen.as_text(choices, self.cfg.budget, dataset.sha256, encode.sha256))
+        from_file = {"chosen": self.choices.sha256} if self.choices else {}
+        for method in (m for m in METHODS if m in self.cfg.methods):
+            facts, values = self._facts(method, encode), self._told(method, choices)
+            for which, right in bench.scores(method, self.which, choices):
+                hashes = {"split": hashlib.sha256(files[which].text.encode()).hexdigest()} | from_file
+                value, metric = right.double().mean().item(), f"{which[0]}-shot/{method}/top1"
+                yield Score(metric, value, len(test), which[1], values, hashes, facts=facts, right=packed(right))
 
-    def _linear(self, encode: Encoder, train: Features, test: Features, splits: Splits, l2: float) -> Iterator[Value]:
-        with Progress("low-shot linear", len(splits)) as progress:
-            for which, rows in splits.items():
-                head = self._fit(train.features[rows], train.labels[rows], l2)
-                yield which, "linear", topk(head(test.features), test.labels, 1)
-                progress.add(1)
+    def _drawn(self, encode: Encoder) -> tuple[dict[Which, list[int]], Features]:
+        """The splits, and features of their images alone if that saves work; `rows` are positions in the data set."""
+        dataset, chosen_on = self.pool.dataset, (self.cfg.choice_k, self.seeds[0])
+        wanted = [*self.which, *([] if self.choices or chosen_on in self.which else [chosen_on])]
+        broken: set[int] = set()
+        while True:
+            drawn = {which: self.given.get(which) or self.pool.draw(*which, broken) for which in wanted}
+            used = sorted(set().union(*drawn.values()))
+            if everything := len(used) > ALL * len(dataset):
+                used = list(range(len(dataset)))
+            train = extract(encode, dataset if everything else self.pool.part(used))
+            rows = torch.tensor(used)[train.rows]
+            lost = set(used) - set(rows.tolist()) - broken
+            if lost and (asked := [p for which in self.given for p in self.given[which] if p in lost]):
+                raise DataError(
+                    f"lowshot.splits={self.cfg.splits} asks for pictures that cannot be read: "
+                    f"{some(dataset.keys[p] for p in set(asked))}; repair them"
+                )
+            if not any(p in lost for positions in drawn.values() for p in positions):
+                return drawn, replace(train, rows=rows)
+            broken |= lost
 
-    def _vpt(self, encode: Encoder, train: Features, test: Features, splits: Splits, l2: float) -> Iterator[Value]:
-        """All splits start from the same random prompts, so that features under them are made once for all heads."""
-        assert self.data.train is not None
-        cfg, preprocess = self.cfg.vpt, encode.preprocess
-        prompts = initial_prompts(encode.tower, cfg.prompts, generator(self.seeds[0], "prompts")).to(encode.device)
-        used = torch.cat(list(splits.values())).unique()
-        start = torch.zeros_like(train.features)
-        with Progress("features under the first prompts", len(used)) as progress:
-            for rows in used.split(BATCH):
-                images = pictures(self.data.train, train.rows[rows.cpu()].tolist(), preprocess)
-                with torch.no_grad():
-                    start[rows] = prompted_features(encode.tower, prompts, encode.prepare(images))
-                progress.add(len(rows))
-        queries = pictures(self.data.test, test.rows.tolist(), preprocess)
-        with Progress("low-shot VPT", len(splits)) as progress:
-            for (k, seed), rows in splits.items():
-                images = pictures(self.data.train, train.rows[rows.cpu()].tolist(), preprocess)
-                head = self._fit(start[rows], train.labels[rows], l2)
-                model = train_vpt(encode, Vpt(encode.tower, prompts, head), images, train.labels[rows], cfg, seed)
-                yield (k, seed), "vpt", topk(predict(model, encode, queries), test.labels, 1)
-                progress.add(1)
+    def _told(self, method: str, choices: Mapping[str, Choice]) -> dict[str, Any]:
+        """What was chosen for a method; an adapter of the fast budget depends on l2 of the linear classifier too."""
+        linear = method in ADAPTERS and self.cfg.budget == "fast"
+        return (choices["linear"].facts("linear") if linear else {}) | choices[method].facts(method)
 
-    def _fit(self, features: Tensor, labels: Tensor, l2: float) -> logistic.LinearHead:
-        return logistic.fit(features, labels, len(self.data.classes), l2, iterations=self.cfg.linear.iterations)
-
-    def _choose(self, train: Features) -> dict[str, Any]:
-        """The strength of l2, and what it was chosen on."""
-        strengths, seed, k = self.cfg.linear.l2, self.seeds[0], max(self.cfg.k)
-        rows = split(train, k, seed)
-        features, labels = train.features[rows], train.labels[rows]
-        held = hold_out(labels, 1 / k, seed)  # one image of every class that has two
-        choice = choose_l2(features, labels, held, len(self.data.classes), strengths, self.cfg.linear.search_iterations)
-        where = f"seed {seed}, {k}-shot, {int(held.sum())} of its images held out" if choice.head else "fixed"
-        return {"linear.l2": choice.l2, "linear.l2_chosen_on": where, "linear.held_out_top1": choice.top1}
-
-
-def split(train: Features, k: int, seed: int) -> Tensor:
-    """Positions in `train` of at most `k` random images of every class, sorted by key.
-
-    Depends on the keys, the labels and the seed alone, not on the order of the files; 1-shot is part of 5-shot.
-    """
-    by_key = sorted(range(len(train)), key=lambda row: train.keys[row])
-    shuffled = torch.randperm(len(by_key), generator=generator(seed, "lowshot"))
-    order = torch.tensor(by_key)[shuffled]
-    kept = order[positions_in_class(train.labels.cpu()[order]) < k]
-    return torch.tensor(sorted(kept.tolist(), key=lambda row: train.keys[row]), device=train.labels.device)
-
-
-def split_file(train: Features, rows: Tensor, k: int, seed: int) -> File:
-    """The images of a split, to compare with other codes."""
-    keys = [train.keys[row] for row in rows.tolist()]
-    name = hashlib.sha256("\n".join(sorted(train.keys)).encode()).hexdigest()[:8]
-    return File(f"splits/{name}-{k}shot-seed{seed}.json", json.dumps({"k": k, "seed": seed, "keys": keys}, indent=0))
-
-
-def train_vpt(encode: Encoder, model: Vpt, images: Tensor, labels: Tensor, cfg: VptConfig, seed: int) -> Vpt:
-    """Train prompts and head together on uint8 N 3 H W."""
-    draw = generator(seed, "vpt")
-    optimisers = [
-        torch.optim.Adam([model.prompts], lr=cfg.lr),
-        torch.optim.SGD([model.weight, model.bias], lr=cfg.head_lr, momentum=0.9),
-    ]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: multiplier(step, cfg)) for o in optimisers]
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(cfg.steps):
-        while len(order) < cfg.batch:
-            order = torch.cat([order, torch.randperm(len(images), generator=draw)])
-        batch, order = order[: cfg.batch], order[cfg.batch :]
-        flip = (torch.rand(len(batch), generator=draw) < 0.5) & cfg.flip
-        shown = torch.where(flip[:, None, None, None], images[batch].flip(-1), images[batch])
-        loss = F.cross_entropy(model(encode.prepare(shown)), labels[batch.to(labels.device)])
-        model.zero_grad()
-        loss.backward()
-        for part in (*optimisers, *schedules):
-            part.step()
-    return model.eval()
-
-
-def multiplier(step: int, cfg: VptConfig) -> float:
-    """Linear warm-up, then half a cosine to 0."""
-    warmup = cfg.warmup * cfg.steps
-    if step < warmup:
-        return (step + 1) / (math.floor(warmup) + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(cfg.steps - warmup, 1)))
-
-
-@torch.no_grad()
-def predict(model: Vpt, encode: Encoder, images: Tensor) -> Tensor:
-    """Scores of uint8 N 3 H W, N S."""
-    return torch.cat([model(encode.prepare(batch)) for batch in images.split(BATCH)])
+    def _facts(self, method: str, encode: Encoder) -> dict[str, Any]:
+        protocol = f"lowshot/{PROTOCOLS.get(method, method)}"
+        if method in FITTED:
+            return {"protocol": protocol}
+        cfg, size = self.cfg.adapter(method), encode.preprocess.image_size
+        if self.cfg.budget == "fast":
+            return {"protocol": f"{protocol}/fast", "augmentation": "flip" if cfg.flip else "none"}
+        flip = ", flip" if cfg.paper.flip else ""
+        return {
+            "protocol": protocol,
+            "augmentation": f"resize {round(size / cfg.paper.crop)}, random crop {size}{flip}",
+        }

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from eval.classes import Label
 
@@ -29,6 +29,8 @@ class Source:
         None  # as the file has them, where `keys` also says which file; a labels file has these
     )
     class_names: tuple[str, ...] = ()  # what its label numbers mean, where the file says so
+    published: dict[str, Any] | None = None  # name, split and whether it is whole, of a set opened as NAME=PATH
+    classes: str | tuple[str, ...] | None = None  # the class set that its labels belong to, where it has one
 
 
 def some(items: Iterable[str], limit: int = 5) -> str:

@@ -47,6 +47,14 @@ class LabelledBatch(Batch):
     mix_weight: NotRequired[Tensor]  # B, weight of the sample's own pixels and synsets
 
 
+class ClassBatch(Batch):
+    """For classification; mixed images have two labels."""
+
+    label: Tensor  # B, the class
+    label_other: NotRequired[Tensor]  # B, the class of what was mixed in
+    mix_weight: NotRequired[Tensor]  # B, weight of `label`
+
+
 class PairBatch(Batch):
     """For contrastive; `features` stands in the place of `image` where they are cached."""
 

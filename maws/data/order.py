@@ -40,6 +40,10 @@ class Item(NamedTuple):
         """The random stream of one use of this visit, the same on any rank of any world."""
         return stream(seed, use, self.epoch, self.key, self.copy)
 
+    def number(self, seed: int, use: str) -> int:
+        """What others can seed their own generators with for one use of this visit."""
+        return derive(seed, use, self.epoch, self.key, self.copy)
+
 
 @dataclass(frozen=True)
 class Part:

@@ -157,6 +157,10 @@ def write_foreign(path: str | Path, converted: Converted | ConvertedClip, layout
     The file is there whole or not at all.
     """
     path, chosen = Path(path), load_layout(layout)
+    if converted.shape.pool == "mean_norm" and layout != "mae":
+        raise CheckpointError(
+            f"{layout}'s models norm every token and this one the mean of its patches; write it as mae"
+        )
     tensors = chosen.from_ours(converted)  # type: ignore[arg-type]
     tmp = path.with_name(f".{path.name}.tmp")
     try:

@@ -166,8 +166,8 @@ def check(weights: Mapping[str, Tensor], shape: Shape, image_size: int, decoder:
     check_numbers(weights)
     if "fc_norm.weight" in weights and "norm.weight" not in weights:
         raise CheckpointError(
-            "fc_norm.*: it averages its patches before the last norm, as finetuned MAE and LC-MAE models do, and no "
-            "model here computes that; take the pretrained file it was made from"
+            "fc_norm.*: it averages its patches before the last norm, as finetuned MAE and LC-MAE models do; "
+            "import it with --from mae"
         )
     problems = differences(weights, wanted)
     if problems:
@@ -182,6 +182,20 @@ def check_numbers(weights: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"weights are floating-point numbers, and these are not: {', '.join(odd[:SHOWN])}; of a quantised model "
             f"take the file it was made from"
+        )
+
+
+def check_head(head: Mapping[str, Tensor], width: int) -> None:
+    """A linear layer from the width to any number of classes, or nothing."""
+    if not head:
+        return
+    check_numbers(head)
+    shapes = {name: tuple(value.shape) for name, value in head.items()}
+    classes = shapes.get("head.bias", ())
+    if len(classes) != 1 or shapes.get("head.weight") != (*classes, width):
+        raise CheckpointError(
+            f"the head has {', '.join(f'{name} {shape}' for name, shape in shapes.items())}; expected head.weight "
+            f"(classes, {width}) and head.bias (classes,)"
         )
 
 

@@ -100,6 +100,8 @@ def beyond(shape: Shape) -> list[str]:
         reasons.append(f"it has {shape.class_tokens} class tokens, ViTModel always one")
     if shape.positions == "relative":
         reasons.append("it adds relative position biases to its attention (positions=relative), ViTModel none")
+    if shape.pool == "mean_norm":
+        reasons.append("it norms the mean of its patches (pool=mean_norm), ViTModel every token")
     return reasons
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from maws.checkpoint import CheckpointError
 from maws.data.transforms import Preprocess
 from maws.interop import mae
-from maws.interop.converted import Converted, check, check_numbers
+from maws.interop.converted import Converted, check, check_head
 from maws.interop.sizes import trunk_size
 
 WRAPPER = ""
@@ -41,20 +41,6 @@ def to_ours(tensors: Mapping[str, Tensor], heads: int = 0) -> Converted:
     check_head(head, shape.width)
     preprocess = Preprocess(side, squash=True) if head and side in FINETUNED else None
     return Converted("maws", shape, side, weights, None, head, dropped, preprocess)
-
-
-def check_head(head: Mapping[str, Tensor], width: int) -> None:
-    """A linear layer from the width to any number of classes, or nothing."""
-    if not head:
-        return
-    check_numbers(head)
-    shapes = {name: tuple(value.shape) for name, value in head.items()}
-    classes = shapes.get("head.bias", ())
-    if len(classes) != 1 or shapes.get("head.weight") != (*classes, width):
-        raise CheckpointError(
-            f"the head has {', '.join(f'{name} {shape}' for name, shape in shapes.items())}; expected head.weight "
-            f"(classes, {width}) and head.bias (classes,)"
-        )
 
 
 def from_ours(converted: Converted) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ from maws.interop.outgoing import Inputs, Outgoing, image_tower, left_out, refus
 from maws.interop.timm_layout import read_config, weights_file
 from maws.models.text import PAD, TextShape
 from maws.models.two_tower import MAX_LOGIT_SCALE
+from maws.models.vit import Shape
 from maws.pretrained_text import shape_from
 from maws.release import Release
 from maws.weight_files import WeightFiles
@@ -65,7 +66,7 @@ def outgoing(release: Release, files: WeightFiles) -> Outgoing:
     """Raises CheckpointError for a release without a text tower, or an image tower that timm cannot compute."""
     if release.stage != "lit":
         refuse(release, "open_clip", ["it has no text tower; --to timm or hf takes an image tower alone"])
-    refuse(release, "open_clip", timm_layout.beyond(release.shape))
+    refuse(release, "open_clip", [*timm_layout.beyond(release.shape), *beyond(release.shape)])
     tensors = {f"visual.trunk.{name}": same(files, own) for name, own in image_tower(release, files).items()}
     tensors["visual.head.proj.weight"] = transposed(files, "vision_projection")
     tensors |= text_tensors(files, "text.transformer.")
@@ -79,6 +80,11 @@ def outgoing(release: Release, files: WeightFiles) -> Outgoing:
         weights, lambda home: documents(release, home, biased), left_out(files, weights, {}), notes(release), "",
         splits=False,
     )  # fmt: skip
+
+
+def beyond(shape: Shape) -> list[str]:
+    """What open_clip cannot be told of timm's tower."""
+    return ["it norms the mean of its patches (pool=mean_norm)"] if shape.pool == "mean_norm" else []
 
 
 def notes(release: Release) -> tuple[str, ...]:

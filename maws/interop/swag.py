@@ -22,8 +22,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from maws.checkpoint import CheckpointError
-from maws.interop.converted import Converted, check
-from maws.interop.maws import check_head
+from maws.interop.converted import Converted, check, check_head
 from maws.interop.sizes import trunk_size
 
 WRAPPER = ""

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from maws.checkpoint import CheckpointError
 from maws.data.transforms import Preprocess
 from maws.interop.archive import read_archive
-from maws.interop.converted import Converted, check
-from maws.interop.maws import check_head
+from maws.interop.converted import Converted, check, check_head
+from maws.interop.mae import own_norm
 from maws.interop.outgoing import Inputs, Outgoing, image_tower, left_out, linear_head, refuse, same
 from maws.interop.sizes import trunk_size
 from maws.models.pos_embed import sincos_2d
@@ -45,7 +45,7 @@ OTHER = "vit_base_patch16_224"  # for other sizes, which the arguments of the cl
 EPS = 1e-6  # of every norm, recipes §1.2
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")  # that Pillow has too
 BLOCK = r"blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
-PLAIN = rf"cls_token|pos_embed|(patch_embed\.proj|norm|head)\.(weight|bias)|{BLOCK}"
+PLAIN = rf"cls_token|pos_embed|(patch_embed\.proj|norm|fc_norm|head)\.(weight|bias)|{BLOCK}"
 REASONS = {  # why a tensor of ours is left out
     r"text\.|text_projection|vision_projection|logit_": "timm holds an image tower alone",
     r"head\.": "timm's classifier is one linear layer",
@@ -56,13 +56,20 @@ REASONS = {  # why a tensor of ours is left out
 def outgoing(release: Release, files: WeightFiles) -> Outgoing:
     """Raises CheckpointError for a model that timm's VisionTransformer cannot compute."""
     refuse(release, "timm", beyond(release.shape))
-    tensors = {name: same(files, stored) for name, stored in image_tower(release, files).items()}
+    mean = release.shape.pool == "mean_norm"
+    tower = {theirs(name) if mean else name: stored for name, stored in image_tower(release, files).items()}
+    tensors = {name: same(files, stored) for name, stored in tower.items()}
     head = linear_head(release, files)
     tensors |= {f"head.{part}": same(files, stored) for part, stored in head.items()}
     weights = {"model": tensors}
     classes = files.shape(head["bias"])[0] if head else 0
     config = config_of(release, classes)
     return Outgoing(weights, lambda home: {"config.json": config}, left_out(files, weights, REASONS), splits=False)
+
+
+def theirs(name: str) -> str:
+    """timm's name of a tensor of a tower whose last norm is for the mean of the patches."""
+    return f"fc_{name}" if name.startswith("norm.") else name
 
 
 def beyond(shape: Shape) -> list[str]:
@@ -99,10 +106,11 @@ def pool(shape: Shape) -> str:
 
 
 def arguments(shape: Shape, side: int) -> dict[str, Any]:
-    """Of timm's VisionTransformer. `fc_norm` false: ours norms every token before the mean, timm by itself after it."""
+    """Of timm's VisionTransformer. `fc_norm`: is the norm for the mean of the patches, or for every token before it?"""
     return {
         "img_size": side, "patch_size": shape.patch, "embed_dim": shape.width, "depth": shape.depth,
-        "num_heads": shape.heads, "class_token": shape.class_tokens == 1, "global_pool": pool(shape), "fc_norm": False,
+        "num_heads": shape.heads, "class_token": shape.class_tokens == 1, "global_pool": pool(shape),
+        "fc_norm": shape.pool == "mean_norm",
     }  # fmt: skip
 
 
@@ -175,8 +183,8 @@ def to_ours(tensors: Mapping[str, Tensor], module: nn.Module | None, pooled: str
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
         raise CheckpointError(f"our ViT has no place for {', '.join(unknown[:8])}{more}")
     head = {name: value for name, value in tensors.items() if name.startswith("head.")}
-    weights = {name: value for name, value in tensors.items() if name not in head}
-    how = "" if module is None else pool_of(module, pooled)
+    weights = {own_norm(name): value for name, value in tensors.items() if name not in head}
+    how = pool_of(module, pooled) if module is not None else "mean_norm" if "fc_norm.weight" in tensors else ""
     known = 0 if module is None else module.blocks[0].attn.num_heads  # type: ignore[index]
     if heads and known not in (0, heads):
         raise CheckpointError(f"{heads} heads are asked for, and its config.json makes {known}; leave the number out")
@@ -196,10 +204,14 @@ def pool_of(module: nn.Module, pooled: str = "") -> str:
         raise CheckpointError(f"it is timm's {type(module).__name__}; ours is the plain VisionTransformer")
     if problems := _other_computation(module):
         raise CheckpointError(f"ours computes something else: {'; '.join(problems)}")
-    how = {"token": "cls", "avg": "mean", "": ""}
+    normed = type(module.fc_norm) is not nn.Identity  # the mean of the patches, and not every token
+    how = {"avg": "mean_norm"} if normed else {"token": "cls", "avg": "mean", "": ""}
     pooled = pooled or module.global_pool
     if pooled not in how or (pooled == "avg" and module.pool_include_prefix):
-        raise CheckpointError(f"it pools its tokens by {pooled!r}; ours takes the class token or the patches' mean")
+        also = " and norms the result" if normed else ""
+        raise CheckpointError(
+            f"it pools its tokens by {pooled!r}{also}; ours takes the class token, or the patches' mean, normed or not"
+        )
     return how[pooled]
 
 
@@ -208,7 +220,7 @@ def _other_computation(module: TimmVisionTransformer) -> list[str]:
     block: Any = module.blocks[0]
     parts: list[tuple[Any, type, str]] = [
         (module.patch_embed, PatchEmbed, "patch embedding"), (module.patch_embed.norm, nn.Identity, "norm of patches"),
-        (module.norm_pre, nn.Identity, "norm before the blocks"), (module.fc_norm, nn.Identity, "norm after pooling"),
+        (module.norm_pre, nn.Identity, "norm before the blocks"),
         (block, Block, "block"), (block.attn, Attention, "attention"), (block.mlp, Mlp, "MLP"),
     ]  # fmt: skip
     found = [f"its {what} is timm's {type(part).__name__}" for part, wanted, what in parts if type(part) is not wanted]
@@ -217,9 +229,12 @@ def _other_computation(module: TimmVisionTransformer) -> list[str]:
     gelu = block.mlp.act
     if not isinstance(gelu, (nn.GELU, GELU)) or getattr(gelu, "approximate", "none") != "none":
         found.append(f"its activation is {gelu}, ours the exact GELU")
-    norms = {(type(m) in (nn.LayerNorm, LayerNorm), m.eps) for m in (block.norm1, block.norm2, module.norm)}  # type: ignore[union-attr]
+    last = [m for m in (module.norm, module.fc_norm) if type(m) is not nn.Identity]
+    norms = {(type(m) in (nn.LayerNorm, LayerNorm), getattr(m, "eps", 0)) for m in (block.norm1, block.norm2, *last)}
     if norms != {(True, EPS)}:
-        found.append(f"its norms are {module.norm}, ours LayerNorm with eps={EPS}")
+        found.append(f"its norms are {last[0] if last else block.norm1}, ours LayerNorm with eps={EPS}")
+    if len(last) != 1:
+        found.append(f"it has {len(last)} norms after its blocks, ours one: of every token, or of the mean (fc_norm)")
     if module.has_class_token and module.no_embed_class:
         found.append("its class token has no position (no_embed_class)")
     return found

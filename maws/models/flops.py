@@ -17,6 +17,7 @@ from maws.models.text import TextShape
 from maws.models.vit import Shape
 
 SYNSETS = 28_000  # of IG-3B (MAWS §4.1)
+CLASSES = 1000  # of ImageNet-1k
 HEAD_WIDTH = 4096  # hidden layer of LC-MAE's projector and predictor (recipes §4.3)
 
 
@@ -117,6 +118,20 @@ def weakly_supervised(shape: Shape, side: int, synsets: int = SYNSETS, head: str
 
 def wsp_head(width: int, synsets: int = SYNSETS, head: str = "mlp") -> int:
     return width * synsets + (width**2 if head == "mlp" else 0)
+
+
+def classifier(shape: Shape, side: int, classes: int = CLASSES, trained: float | None = None) -> Cost:
+    """One sample of finetuning: the whole trunk and a linear head.
+
+    Of partial finetuning (recipes §9.5) `trained` blocks at the end are trained, 0.5 for the MLP of the last one alone,
+    and what is below only runs forward; None: everything is trained.
+    """
+    whole, tokens = trunk(shape, side), patches(shape, side) + shape.class_tokens
+    if trained is None:
+        own = whole
+    else:
+        own = 8 * tokens * shape.width**2 if trained == 0.5 else blocks(tokens, shape.width, int(trained))
+    return Cost(own + shape.width * classes, whole - own)
 
 
 def locked_image_text(

@@ -157,6 +157,8 @@ class MaskedAutoencoder(VisionTransformer):
 def _check(encoder: Shape, decoder: DecoderShape, grid: tuple[int, int]) -> None:
     if encoder.positions == "relative":
         raise ValueError("a masked autoencoder needs sincos or learned positions, not relative ones")
+    if encoder.pool == "mean_norm":
+        raise ValueError("a decoder reads normed tokens, and pool=mean_norm norms their mean alone; use cls or mean")
     if decoder.reduction not in REDUCTIONS:
         raise ValueError(f"decoder reductions are {', '.join(REDUCTIONS)}; not {decoder.reduction!r}")
     if decoder.reduction != "none" and (grid[0] % 2 or grid[1] % 2):

@@ -36,6 +36,10 @@ class SimMIM(VisionTransformer):
     """Predict masked patches from a sequence in which a mask token stands for each of them."""
 
     def __init__(self, shape: Shape, image_size: int, options: Options = Options()) -> None:
+        if shape.pool == "mean_norm":
+            raise ValueError(
+                "every token is predicted from, and pool=mean_norm norms their mean alone; use cls or mean"
+            )
         super().__init__(shape, image_size, options)
         self.mask_token = nn.Parameter(torch.empty(1, 1, shape.width))
         self.decoder_pred = nn.Linear(shape.width, 3 * shape.patch**2)

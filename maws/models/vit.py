@@ -18,7 +18,7 @@ from maws.models.patch_embed import PatchEmbed
 from maws.models.pos_embed import RelativePositionBias, sincos_2d
 
 POSITIONS = ("sincos", "learned", "relative")
-POOLS = ("cls", "mean")
+POOLS = ("cls", "mean", "mean_norm")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Shape:
     image: int = 224
     class_tokens: int = 1  # 0: none
     positions: str = "sincos"  # how the table starts: sincos or learned (random); or relative: a bias of the attention
-    pool: str = "cls"  # what stands for an image: the class tokens' mean, or the patches' (mean), after the final norm
+    # What stands for an image: the mean of its class tokens (cls) or patches (mean), after the final norm; or the norm
+    # of the mean of its patches (mean_norm), as MAE finetunes: `fc_norm` in its files is our `norm`.
+    pool: str = "cls"
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,10 @@ class VisionTransformer(TimmVisionTransformer):
         return self.patch_embed.proj.weight.dtype
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Encode normalised B 3 H W as B C+N D; given `ids_keep` (B K), only those patches enter, giving B C+K D."""
+        """Encode normalised B 3 H W as B C+N D; given `ids_keep` (B K), only those patches enter, giving B C+K D.
+
+        With pool mean_norm the tokens have not passed the final norm, which is for their mean: see `pooled`.
+        """
         return self.forward_features(images, ids_keep)
 
     def forward_features(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:  # type: ignore[override]
@@ -134,9 +139,19 @@ class VisionTransformer(TimmVisionTransformer):
         return torch.cat([cls.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
 
     def trunk(self, x: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Blocks and final norm; `ids_keep` says which patches x holds, for relative positions."""
+        """Blocks and, unless it is for the pooled tokens, the final norm; `ids_keep` says which patches x holds, for
+        relative positions."""
         bias = self._bias(x, ids_keep)
-        return self.norm(run_blocks(self.blocks, self.pos_drop(x), self.options.checkpoint_blocks, bias))
+        return self.finished(run_blocks(self.blocks, self.pos_drop(x), self.options.checkpoint_blocks, bias))
+
+    def finished(self, x: Tensor) -> Tensor:
+        """What the last block gave (B T D) as `forward` returns it."""
+        return x if self.norms_the_mean else self.norm(x)
+
+    @property
+    def norms_the_mean(self) -> bool:
+        """Is the final norm for the mean of the patches, and not for each token?"""
+        return self.shape.pool == "mean_norm"
 
     def _bias(self, x: Tensor, ids_keep: Tensor | None) -> Tensor | None:
         if self.rel_pos_bias is None:
@@ -146,8 +161,13 @@ class VisionTransformer(TimmVisionTransformer):
         return self.rel_pos_bias(ids_keep).to(x.dtype)
 
     def pooled(self, tokens: Tensor, how: str | None = None) -> Tensor:
-        """One vector for each image: the mean of its class tokens (`cls`) or patches (`mean`). B C+K D to B D."""
+        """One vector for each image, B C+K D to B D: the mean of its class tokens (`cls`) or patches (`mean`), or the
+        norm of the latter (`mean_norm`); the other two are of normed tokens, whatever `forward` leaves."""
         how, c = how or self.shape.pool, self.class_tokens
+        if self.norms_the_mean:
+            if how == "mean_norm":
+                return self.norm(tokens[:, c:].mean(dim=1))
+            tokens = self.norm(tokens)
         if how == "mean":
             return tokens[:, c:].mean(dim=1)
         return tokens[:, 0] if c == 1 else tokens[:, :c].mean(dim=1)
@@ -204,7 +224,8 @@ def _check(shape: Shape, image_size: int, options: Options) -> None:
         raise ValueError(f"positions are {', '.join(POSITIONS)}; not {shape.positions!r}")
     if shape.pool not in POOLS or (shape.pool == "cls" and not shape.class_tokens):
         raise ValueError(
-            f"pool={shape.pool!r} with {shape.class_tokens} class tokens: use cls where there are some, or mean"
+            f"pool={shape.pool!r} with {shape.class_tokens} class tokens: use cls where there are some, or mean or "
+            f"mean_norm"
         )
     if shape.positions == "relative" and shape.class_tokens > 1:
         raise ValueError(f"relative positions know at most one class token, not {shape.class_tokens}")

@@ -34,7 +34,8 @@ class Stage(Protocol):
     """The functions of a stage file (style: a stage is one file).
 
     One may also have `probe(objective, cfg, shards, run, part)`: what tells now and then, while training goes on, how
-    good the features are (maws/probe.py); None when `probe.every` is 0.
+    good the features are (maws/probe.py); None when `probe.every` is 0. And `preprocess(cfg)`: how evaluation makes
+    pictures for its release, where that is not the short side resized to the image size.
     """
 
     Config: type[TrainConfig]

@@ -11,7 +11,7 @@ from eval.classes import read_classes
 from eval.templates import read_templates
 from tests.eval.conftest import atto, corpus, write_parquet, write_run
 
-FAST = ("--set", "lowshot.seeds=2", "vpt.steps=2", "vpt.batch=8", "vpt.prompts=2")
+FAST = ("--set", "lowshot.k=1,5", "lowshot.seeds=2", "vpt.steps=2", "vpt.batch=8", "vpt.prompts=2")
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_wrong_usage_is_told(evaluate, run, paths, files):
         ("linear.l2=x", "--set linear.l2=x: 'x' is not a number"),
         ("vpt.steps=1.5", "'1.5' is not a whole number"),
         ("knn.k=0", "--set knn.k=0: k must be one or more whole numbers from 1"),
-        ("methods=vpt,adapter", "unknown method 'adapter', there are: linear, vpt"),
+        ("methods=vpt,adapter", "unknown method 'adapter', there are: linear, ridge, msn, vpt"),
         ("zeroshot.templates=x", "'zeroshot' is not among the evaluators asked for: knn, lowshot"),
         ("vpt.flip=maybe", "expected true or false"),
     ],

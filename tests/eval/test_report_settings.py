@@ -43,3 +43,16 @@ def test_the_newest_of_each_setting_is_kept_and_one_run_may_have_several():
     ]
     assert [result.value for result in newest(results)] == [0.3, 0.2]
     assert "bf16" in as_text(score_table(results, ENTRANTS))
+
+
+def test_of_errors_the_lowest_is_the_best_and_single_severities_are_left_out():
+    errors = {"mce": (0.9, 1.2), "corruption/fog": (0.5, 0.6), "corruption/fog/3": (0.5, 0.6), "ce/fog": (1.1, 1.3)}
+    results = [
+        scored(run, value, "robustness", metric)
+        for metric, both in errors.items()
+        for run, value in zip("ba", both, strict=True)
+    ]
+    table = score_table(results, ENTRANTS)
+    assert {row.metric: row.best for row in table.rows} == dict.fromkeys(("mce", "corruption/fog", "ce/fog"), "MAE→WSP")
+    assert all(cell.low == cell.high for row in table.rows for cell in row.cells.values())  # no share of pictures
+    assert "±" not in as_text(table).split("mce")[1].splitlines()[0]

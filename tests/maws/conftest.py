@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import BEFORE, Training, arguments, build_shards, train_in_turn
+from training import BEFORE, LABELLED, Training, arguments, build_shards, train_in_turn
 
 from data_pipeline.shardset import ShardSet
+from maws.twin_data import make_shards
 
 
 @pytest.fixture(scope="session")
@@ -35,21 +36,33 @@ def start() -> Iterator[Callable[..., Training]]:
         training.signal(signal.SIGKILL)
 
 
-def chain(root: Path, shards: Path, ranks: int) -> dict[str, Path]:
+@pytest.fixture(scope="session")
+def labelled_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard set with one class for each of its pictures."""
+    return make_shards(tmp_path_factory.mktemp("labelled") / "shards")
+
+
+@pytest.fixture(scope="session")
+def sets(shards_path: Path, labelled_path: Path) -> dict[str, Path]:
+    """What each stage is trained on."""
+    return {stage: labelled_path if stage in LABELLED else shards_path for stage in BEFORE}
+
+
+def chain(root: Path, sets: dict[str, Path], ranks: int) -> dict[str, Path]:
     """Every stage's debug preset, trained in turn."""
     runs = {stage: root / stage for stage in BEFORE}
     sources = {stage: ["--init-from", str(runs[before])] if before else [] for stage, before in BEFORE.items()}
-    train_in_turn([arguments(stage, run, shards, *sources[stage]) for stage, run in runs.items()], ranks)
+    train_in_turn([arguments(stage, run, sets[stage], *sources[stage]) for stage, run in runs.items()], ranks)
     return runs
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, shards_path: Path) -> dict[str, Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory, sets: dict[str, Path]) -> dict[str, Path]:
     """Every stage's debug preset, trained once in one process: wsp from mae, lit from that."""
-    return chain(tmp_path_factory.mktemp("runs"), shards_path, ranks=1)
+    return chain(tmp_path_factory.mktemp("runs"), sets, ranks=1)
 
 
 @pytest.fixture(scope="session")
-def trained_on_two(tmp_path_factory: pytest.TempPathFactory, shards_path: Path) -> dict[str, Path]:
+def trained_on_two(tmp_path_factory: pytest.TempPathFactory, sets: dict[str, Path]) -> dict[str, Path]:
     """The same on two ranks."""
-    return chain(tmp_path_factory.mktemp("runs_on_two"), shards_path, ranks=2)
+    return chain(tmp_path_factory.mktemp("runs_on_two"), sets, ranks=2)

@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+import maws
 from data_pipeline.errors import UserError
 from eval.features import open_encoder
 from maws import config, import_check, import_tokenizer, importing, stages
@@ -388,11 +389,31 @@ def test_no_file_is_taken_in_part(tmp_path, missing):
     refused(saved(tmp_path / "wrong.pth", wrong, "model"), tmp_path, said)
 
 
-def test_a_finetuned_mae_file_says_why_it_cannot_be_had(tmp_path):
-    tensors = drawn(maws_shapes(**ATTO, classes=7))
-    tuned = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: v for name, v in tensors.items()}
-    said = "averages its patches before the last norm"
-    refused(saved(tmp_path / "mae_finetuned.pth", tuned, "model"), tmp_path, said)
+def finetuned() -> dict[str, Tensor]:
+    """What MAE's code saves after finetuning with global pooling: fc_norm in the place of norm, and a head."""
+    tensors = drawn(maws_shapes(**ATTO, classes=7), torch.float32)
+    return {f"fc_{name}" if name.startswith("norm.") else name: value for name, value in tensors.items()}
+
+
+def test_a_finetuned_mae_file_is_a_classifier_that_scores_as_timm_does_and_goes_back(tmp_path):
+    file = saved(tmp_path / "mae_finetuned.pth", tensors := finetuned(), "model")
+    release = open_release(imported(file, tmp_path / "release", "--heads", "2"))
+    assert (release.shape.pool, release.config["classes"], release.lineage) == ("mean_norm", 7, ("mae", "finetune"))
+    assert (release.preprocess.resize, release.preprocess.image_size) == (36, 32)  # 256/224
+    theirs = timm.create_model(
+        "vit_base_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=7,
+        global_pool="avg", fc_norm=True,
+    ).eval()  # fmt: skip
+    theirs.load_state_dict(tensors)
+    ours = maws.create_model("atto", release.folder, classifier=True)
+    with torch.no_grad():
+        assert_close(ours(pixels()), theirs(pixels()), rtol=0, atol=1e-5)
+    write_foreign(tmp_path / "back.pth", from_release(release), "mae")
+    back = torch.load(tmp_path / "back.pth")["model"]
+    assert back.keys() == tensors.keys() and all(torch.equal(back[n], tensors[n]) for n in back)
+    with pytest.raises(CheckpointError, match="write it as mae"):
+        write_foreign(tmp_path / "back.pt", from_release(release), "maws")
+    refused(file, tmp_path, "import it with --from mae", "--from", "maws")
 
 
 def test_a_clip_file_without_one_of_its_tensors_is_refused(tmp_path):

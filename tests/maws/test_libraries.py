@@ -37,7 +37,7 @@ def close(got: Tensor, wanted: Tensor, atol: float = 1e-5) -> None:
 
 
 class TestTimm:
-    @pytest.mark.parametrize(("tokens", "pool"), [(1, "cls"), (1, "mean"), (0, "mean")])
+    @pytest.mark.parametrize(("tokens", "pool"), [(1, "cls"), (1, "mean"), (0, "mean"), (1, "mean_norm")])
     def test_features_are_the_same_for_every_shape_that_timm_expresses(self, tokens, pool, tmp_path):
         shape = replace(TINY, class_tokens=tokens, pool=pool, positions="learned")
         release = image_release(tmp_path / "release", shape)
@@ -87,7 +87,7 @@ class TestTimm:
             write_for("timm", release, tmp_path / "out")
         assert [p.name for p in tmp_path.iterdir()] == ["release"]
 
-    @pytest.mark.parametrize(("tokens", "pool"), [(1, "cls"), (1, "mean"), (0, "mean")])
+    @pytest.mark.parametrize(("tokens", "pool"), [(1, "cls"), (1, "mean"), (0, "mean"), (1, "mean_norm")])
     def test_there_and_back_gives_the_same_tensors_and_images(self, tokens, pool, tmp_path):
         shape = replace(TINY, class_tokens=tokens, pool=pool, positions="learned")
         release = image_release(tmp_path / "release", shape, classes=3)
@@ -107,7 +107,7 @@ class TestTimm:
             ({"pre_norm": True}, "norm_pre"),
             ({"act_layer": "quick_gelu"}, "exact GELU"),
             ({"norm_layer": "rmsnorm"}, "its norms are RmsNorm"),
-            ({"global_pool": "avg"}, "fc_norm"),
+            ({"fc_norm": True}, "and norms the result"),
             ({"global_pool": "max", "fc_norm": False}, "'max'"),
             ({"no_embed_class": True}, "no_embed_class|square"),
         ],

@@ -26,7 +26,7 @@ from maws.weight_files import parse_size
 STATES = ("weights", "gradients", "master", "moments", "target", "frozen")
 TINY = {
     "mae": [], "lc_mae": [], "simmim": [], "wsp": ["synsets=300", "chunk=300"],
-    "lit": ["text.vocabulary=300", "optim.batch_size=6"],
+    "lit": ["text.vocabulary=300", "optim.batch_size=6"], "finetune": ["classes=7"],
 }  # fmt: skip
 
 
@@ -58,6 +58,8 @@ def options(*arguments: str) -> argparse.Namespace:
         ("lc_mae", ["guidance.loss=none"]),
         ("lit", []),
         ("lit", ["lock=text"]),
+        ("finetune", []),
+        ("finetune", ["trainable=half", "model.pool=mean_norm"]),
     ],
     ids=lambda v: v if isinstance(v, str) else ",".join(v) or "plain",
 )
@@ -80,6 +82,7 @@ def test_every_stage_says_what_a_sample_costs_and_torch_counts_the_same(stage, s
         ("wsp", ["mixup=0.2", "model.checkpoint_blocks=first 1"]),
         ("simmim", ["model.positions=sincos"]),  # torch has no fused kernel for a trained bias on a CPU
         ("lc_mae", []),
+        ("finetune", ["trainable=last 2", "augment.mixup=0"]),
     ],
     ids=lambda v: v if isinstance(v, str) else ",".join(v) or "plain",
 )
@@ -87,7 +90,8 @@ def test_the_bytes_kept_for_backward_are_those_that_a_real_pass_keeps(stage, set
     cfg, images = tiny(stage, "model.variant=nano", *settings), 12
     module = stages.load(stage)
     real = build(stage, cfg, dtype)
-    planned = rehearse(on_meta(lambda: module.objective(cfg, NO_SHARDS), dtype), module.example(cfg, images)).saved
+    bare = frozen(stage, cfg, on_meta(lambda: module.objective(cfg, NO_SHARDS), dtype))
+    planned = rehearse(bare, module.example(cfg, images)).saved
     assert kept_bytes(real, batch(stage, cfg, images)) == pytest.approx(planned, rel=0.03)
 
 
@@ -96,9 +100,15 @@ def build(stage: str, cfg: TrainConfig, dtype: torch.dtype) -> nn.Module:
     init.fill(objective, objective.init_rules(), 0)
     for param in objective.parameters():
         param.data = param.data.to(dtype)
+    return frozen(stage, cfg, objective).train()
+
+
+def frozen(stage: str, cfg: TrainConfig, objective: nn.Module) -> nn.Module:
+    """With what the stage's rules freeze."""
+    rules = stages.load(stage).param_rules(cfg)
     for name, param in objective.named_parameters():
-        param.requires_grad_(treat(name, stages.load(stage).param_rules(cfg)) is not None)
-    return objective.train()
+        param.requires_grad_(treat(name, rules) is not None)
+    return objective
 
 
 def batch(stage: str, cfg: TrainConfig, images: int) -> dict[str, Tensor]:

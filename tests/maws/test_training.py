@@ -18,11 +18,11 @@ from maws.train import main
 pytestmark = pytest.mark.timeout(600)  # real processes: seconds on an idle machine, minutes on a busy one
 
 # What the mean loss of the last four of 40 steps must fall under; the first four are far above (see the test).
-BOUNDS = {"mae": 0.85, "simmim": 0.9, "lc_mae": 1.35, "wsp": 2.04, "lit": 2.9}
+BOUNDS = {"mae": 0.85, "simmim": 0.9, "lc_mae": 1.35, "wsp": 2.04, "lit": 2.9, "finetune": 1.2}
 # How far two ranks may be from one process: sums of floats in another order, which batch norm and Adam make larger.
-TOLERANCE = {"mae": 2e-5, "simmim": 3e-4, "lc_mae": 5e-3, "wsp": 2e-5, "lit": 5e-5}
+TOLERANCE = {"mae": 2e-5, "simmim": 3e-4, "lc_mae": 5e-3, "wsp": 2e-5, "lit": 5e-5, "finetune": 2e-5}
 LINEAGE = {"mae": ("mae",), "simmim": ("simmim",), "lc_mae": ("lc_mae",), "wsp": ("mae", "wsp"),
-           "lit": ("mae", "wsp", "lit")}  # fmt: skip
+           "lit": ("mae", "wsp", "lit"), "finetune": ("mae", "finetune")}  # fmt: skip
 
 
 def first_and_last(run: Path, n: int = 4) -> tuple[float, float]:
@@ -108,23 +108,22 @@ def test_a_run_killed_on_two_ranks_goes_on_on_one(trained, shards_path, tmp_path
 
 # test_momentum.py does the same for lc_mae, on two ranks and on one, in fewer processes.
 SLOW = [
-    pytest.param(stage, ranks, marks=pytest.mark.slow) for stage, ranks in (("wsp", 1), ("lc_mae", 2), ("simmim", 1))
+    pytest.param(stage, ranks, marks=pytest.mark.slow)
+    for stage, ranks in (("wsp", 1), ("lc_mae", 2), ("simmim", 1), ("finetune", 2))
 ]
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [("mae", 2), ("lit", 1), *SLOW])
-def test_a_killed_run_goes_on_as_if_it_had_never_stopped(
-    stage, ranks, trained, trained_on_two, shards_path, tmp_path, start
-):
+def test_a_killed_run_goes_on_as_if_it_had_never_stopped(stage, ranks, trained, trained_on_two, sets, tmp_path, start):
     straight = (trained if ranks == 1 else trained_on_two)[stage]
     source = ["--init-from", str(straight.parent / BEFORE[stage])] if BEFORE[stage] else []
     killed = tmp_path / "killed"
-    training = start(arguments(stage, killed, shards_path, *source), ranks=ranks)
+    training = start(arguments(stage, killed, sets[stage], *source), ranks=ranks)
     training.wait_for_steps(killed, 12)
     training.signal(signal.SIGKILL)
     training.wait()
     assert not (killed / "release").exists()
-    codes, printed = start(arguments(stage, killed, shards_path, *source, "--resume", "auto"), ranks=ranks).wait()
+    codes, printed = start(arguments(stage, killed, sets[stage], *source, "--resume", "auto"), ranks=ranks).wait()
     assert codes == [0] * ranks and "resumed from" in printed, printed
     assert losses(killed) == losses(straight)  # to the bit
     assert [line["step"] for line in metrics(killed)] == list(range(1, 41))

@@ -141,9 +141,9 @@ def test_a_list_of_ranks_and_a_used_folder_are_refused(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", stages.names())
 @pytest.mark.parametrize("ranks", [(2, 2, 2), (4, 2, 1, 2)], ids=str)
-def test_every_stage_is_certified(stage, ranks, trained, shards_path, tmp_path):
+def test_every_stage_is_certified(stage, ranks, trained, sets, tmp_path):
     source = str(trained[BEFORE[stage]]) if BEFORE[stage] else ""
-    settings = (f"data.shards={shards_path}",)
+    settings = (f"data.shards={sets[stage]}",)
     certificate = verify(
         Asked(stage=stage, preset="debug", output=tmp_path, ranks=ranks, init_from=source, settings=settings), forked
     )

@@ -1,0 +1,1 @@
+"""Comparing ways of pretraining at equal computing: plan, run, statistics, curves, words."""
