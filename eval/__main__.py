@@ -16,12 +16,9 @@ Several evaluators share one process and one extraction of features. Scores are 
 """
 
 import argparse
-import datetime
+import ast
 import importlib
-import importlib.metadata
 import logging
-import os
-import platform
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -35,15 +32,13 @@ from data_pipeline.errors import DataError, UsageError
 if TYPE_CHECKING:  # torch and the models take seconds to import: a wrong flag is told at once
     import torch
 
-    from eval.base import Entry, Evaluated, Evaluator, Score
+    from eval.base import Entry, Evaluated, Score
     from eval.classes import Classes
     from eval.features import Encoder
-    from eval.results import Result
 
 log = logging.getLogger("eval")
 
 WITH_TEXT = ("lit",)  # stages whose release has a text tower
-LIBRARIES = ("torch", "timm", "pyarrow", "pillow", "maws-open")
 # Not evaluators: a module of eval/ each, with main(argv, Parser) -> exit code.
 COMMANDS = ("report", "classes", "classify", "prepare", "shards", "compare", "transfer")
 MODULES = {"classes": "listing", "shards": "write_shards"}  # where the name is taken
@@ -51,12 +46,14 @@ MODULES = {"classes": "listing", "shards": "write_shards"}  # where the name is 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see `python -m eval --help`")
+        raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
 def parser() -> Parser:
-    found = sorted(file.stem for file in (Path(__file__).parent / "evaluators").glob("[a-z]*.py"))
-    p = Parser("python -m eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = {file.stem: file for file in sorted((Path(__file__).parent / "evaluators").glob("[a-z]*.py"))}
+    epilog = "\n".join(["evaluators:", *(f"  {name:<12} {purpose(file)}" for name, file in found.items())])
+    form = argparse.RawDescriptionHelpFormatter
+    p = Parser("python -m eval", description=__doc__, epilog=epilog, formatter_class=form)
     p.allow_abbrev = False
     p.add_argument(
         "evaluators",
@@ -79,14 +76,23 @@ def parser() -> Parser:
     p.add_argument("--images", type=Path, metavar="FOLDER", help="retrieval: the pictures that --captions names")
     p.add_argument("--split", metavar="NAME", help="retrieval: a split of --captions, or a file of picture names")
     p.add_argument("--results", type=Path, metavar="FILE", help="default: RUN/results.jsonl")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--set", dest="settings", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    p.add_argument("--seed", type=int, default=0, help="of splits, views and probes; default: 0")
+    p.add_argument(
+        "--set", dest="settings", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="a setting of an evaluator, such as knn.k=1,5; a wrong name is answered with the nearest",
+    )  # fmt: skip
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …; a rank of several takes its own GPU")
     p.add_argument("--precision", default="fp32", help="of the image tower: fp32 or bf16 (autocast); default: fp32")
     p.add_argument("--image-size", type=int, metavar="PIXELS", help="another than the run's: positions interpolated")
     p.add_argument("--batch", type=int, metavar="PICTURES", help="of one forward on one device; default: 128")
     p.add_argument("--partition", default="auto", help="split the towers over the ranks: auto, none or zero3")
     return p
+
+
+def purpose(file: Path) -> str:
+    """The first line of a module's docstring, read without importing it."""
+    said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return said.partition("\n")[0].removeprefix(f"Evaluator {file.stem}: ").rstrip(".")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,33 +132,35 @@ def _run(arguments: list[str]) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     listed = asked_classes(args)  # before torch is imported
-    from eval import base, contamination, distributed
+    from eval import contamination, distributed, record
     from eval.features import home, open_encoder, pick_device
     from maws import launchers
 
     entries = configured(args)
+    kinds = {entry.data for entry in entries}
     device = pick_device(args.device) if launchers.started_alone() else distributed.start(args.device)
+    check_flags(args, kinds)
     encode = open_encoder(args.run, device, args.image_size, args.precision, args.batch, args.partition)
     release = encode.release
     assert release is not None
-    data = open_sets(args, listed, {entry.data for entry in entries})
-    distributed.same_everywhere(hashes_of(encode, data.values()))
-    describe(encode, data.values(), device)
-    output = args.results or home(release) / "results.jsonl"
     if blind := [entry.name for entry in entries if entry.make.needs_text and release.stage not in WITH_TEXT]:
         raise UsageError(
             f"{', '.join(blind)} needs a text tower, and {args.run} is a {' -> '.join(release.lineage)} run; "
             f"stages with a text tower: {', '.join(WITH_TEXT)} (maws/train.py --stage lit --init-from {args.run})"
         )
+    data = open_sets(args, listed, kinds)
+    distributed.same_everywhere(hashes_of(encode, data.values()))
+    describe(encode, data.values(), device)
+    output = args.results or home(release) / "results.jsonl"
     # Files are read before any work.
     evaluators = [entry.make(entry.config, cast(Any, data[entry.data]), args.seed) for entry in entries]
     found = {kind: looked_up(home(release), one) for kind, one in data.items()}
-    table: list[tuple[str, base.Score]] = []
+    table: list[tuple[str, Score]] = []
     for entry, evaluator in zip(entries, evaluators, strict=True):
         mine = data[entry.data], found[entry.data]
-        table += [(entry.name, score) for score in keep(entry, evaluator, encode, *mine, output, args)]
+        table += [(entry.name, score) for score in record.keep(entry, evaluator, encode, *mine, output, args)]
     show(table, data["labelled"].facts["chance"] if "labelled" in data else None)
-    for sentence in dict.fromkeys(contamination.sentence(one) for sets in found.values() for one in sets.values()):
+    for sentence in contamination.by_set((name, one) for sets in found.values() for name, one in sets.items()):
         print(sentence)
     print(f"results: {output}")
     return 0
@@ -170,17 +178,25 @@ def asked_classes(args: argparse.Namespace) -> "Classes | None":
     return read_classes(args.classes, args.language) if args.classes else None
 
 
-def open_sets(args: argparse.Namespace, listed: "Classes | None", kinds: set[str]) -> "dict[str, Evaluated]":
-    """The pictures that the evaluators are about, by what comes with them: labels or captions."""
-    from eval.captions import open_captions
-    from eval.datasets import open_data
-
+def check_flags(args: argparse.Namespace, kinds: set[str]) -> None:
+    """What is told before weights and data are read, which may take minutes."""
     if kinds - {"captioned"} and not args.data:
         raise UsageError("the following arguments are required: --data; see `python -m eval --help`")
     if "captioned" in kinds and args.captions is None:
         raise UsageError("retrieval needs pictures with captions: give them with --captions FILE and --images FOLDER")
     if "captioned" not in kinds and (args.captions or args.images or args.split):
         raise UsageError("--captions, --images and --split belong to retrieval, which is not among the evaluators")
+    for flag in ("data", "train"):
+        for path in getattr(args, flag):
+            if not path.exists() and not {"=", "{"} & set(str(path)):  # a published set, several files
+                raise DataError(f"--{flag} {path}: no such file or folder")
+
+
+def open_sets(args: argparse.Namespace, listed: "Classes | None", kinds: set[str]) -> "dict[str, Evaluated]":
+    """The pictures that the evaluators are about, by what comes with them: labels or captions."""
+    from eval.captions import open_captions
+    from eval.datasets import open_data
+
     data: dict[str, Evaluated] = {}
     if "labelled" in kinds:
         data["labelled"] = open_data(args.data, args.train, listed, args.train_labels)
@@ -237,115 +253,10 @@ def looked_up(run: Path, data: "Evaluated") -> dict[str, dict[str, Any]]:
     return {name: contamination.look_up(run, dataset) for name, dataset in data.sets.items() if name != "train"}
 
 
-def keep(
-    entry: "Entry",
-    evaluator: "Evaluator",
-    encode: "Encoder",
-    data: "Evaluated",
-    contamination: dict[str, dict[str, Any]],
-    output: Path,
-    args: argparse.Namespace,
-) -> "list[Score]":
-    """Run one evaluator; every score is in the results file as soon as it is known."""
-    from data_pipeline.files import write_bytes
-    from eval import correct, distributed
-    from eval.base import File
-    from eval.results import append
-
-    config = common_config(entry, encode, data, args)
-    scores: list[Score] = []
-    for item in evaluator.run(encode):
-        if not distributed.is_first():  # they have the same, and rank 0 writes it
-            scores += [] if isinstance(item, File) else [item]
-            continue
-        if isinstance(item, File):
-            try:
-                write_bytes(output.parent / item.name, item.text.encode())
-            except OSError as error:
-                raise DataError(f"{error}: give --results in a folder that can be written to") from None
-            continue
-        result = as_result(entry, item, config, encode, data, args)
-        result = correct.keep(output.parent, result, item.right) if item.right else result
-        append(output, [replace(result, contamination=contamination[item.dataset])])
-        scores.append(item)
-    return scores
-
-
 def hashes_of(encode: "Encoder", data: "Iterable[Evaluated]") -> dict[str, str]:
     """What all ranks must agree on."""
     sets = {f"{name} data": dataset.sha256 for one in data for name, dataset in one.sets.items()}
     return {"weights": encode.sha256, **sets}
-
-
-def common_config(entry: "Entry", encode: "Encoder", data: "Evaluated", args: argparse.Namespace) -> dict[str, Any]:
-    """All that the scores of one evaluator share: enough to make them again."""
-    from maws.config import to_json
-
-    return {
-        entry.name: to_json(entry.config),
-        **data.facts,
-        "paths": asked_for(entry, args),
-        "language": args.language,
-        "images": {name: len(dataset) for name, dataset in data.sets.items()},
-        "left_out": {name: dataset.left_out for name, dataset in data.sets.items()},
-        "precision": encode.precision,
-        "extraction": encode.extraction,
-        "model": {"variant": encode.release.config.get("variant"), "image_size": encode.preprocess.image_size},
-        "image_size_asked": args.image_size,
-        "preprocess": to_json(encode.preprocess),
-        "device": str(encode.device),
-        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-    }
-
-
-def asked_for(entry: "Entry", args: argparse.Namespace) -> dict[str, Any]:
-    """The paths that were given, as they were written."""
-    if entry.data == "captioned":
-        paths = {"captions": args.captions, "images": args.images, "split": args.split}
-    else:
-        paths = {"train": args.train, "train_labels": args.train_labels, "data": args.data, "classes": args.classes}
-    return {
-        name: [str(one) for one in path] if isinstance(path, list) else str(path) if path else None
-        for name, path in paths.items()
-    }
-
-
-def as_result(
-    entry: "Entry",
-    score: "Score",
-    config: dict[str, Any],
-    encode: "Encoder",
-    data: "Evaluated",
-    args: argparse.Namespace,
-) -> "Result":
-    from eval.results import Result
-
-    hashes = {"weights": encode.sha256, **data.hashes}
-    if score.dataset != "data":  # one of several
-        hashes["data"] = data.sets[score.dataset].sha256
-        config = config | {"paths": config["paths"] | {"data": [score.dataset]}}
-    if "train" in data.sets and entry.make.needs_train:
-        hashes["train"] = data.sets["train"].sha256
-    assert encode.release is not None
-    return Result(
-        run=os.path.normpath(args.run),
-        evaluator=entry.name,
-        metric=score.metric,
-        value=score.value,
-        n=score.n,
-        seed=args.seed if score.seed is None else score.seed,
-        config=config | dict(score.facts) | ({"chosen": dict(score.chosen)} if score.chosen else {}),
-        hashes=hashes | dict(score.hashes),
-        lineage=list(encode.release.lineage),
-        time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )
-
-
-def version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def show(table: "list[tuple[str, Score]]", chance: float | None) -> None:

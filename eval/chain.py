@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.errors import DataError
-from eval.processes import Children, Stopped, end_leftovers, environment_for, free_port, stopping_on_signals
+from eval.processes import Children, Stopped, end_leftovers, environment_for, stopping_on_signals
 from eval.steps import Ledger, Step, StepFailed
+from maws.launchers import free_port
 
 SIDE_BY_SIDE = 2  # commands at a time: more would share one GPU, or memory, for little
 

@@ -11,7 +11,6 @@ the exit code is 1 then.
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -100,7 +100,7 @@ def find_pictures(asked: Iterable[str]) -> list[Path]:
 
 def read_names(text: str, language: str | None = None) -> "Classes":
     """A bundled set, a file, or the names themselves with commas between them."""
-    from eval.classes import Classes, read_classes
+    from eval.classes import plain_classes, read_classes
     from eval.languages import ENGLISH, canonical
 
     if not re.search("[,，、;]", text) or os.path.isfile(text):
@@ -110,9 +110,7 @@ def read_names(text: str, language: str | None = None) -> "Classes":
         raise UsageError(f"--classes names '{twice[0]}' twice; each class once")
     if len(names) < 2:
         raise UsageError(f"--classes {text}: to choose between classes takes two or more")
-    digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-    code = canonical(language) if language else ENGLISH
-    return Classes(tuple((name,) for name in names), (None,) * len(names), "--classes", digest, language=code)
+    return replace(plain_classes(names, "--classes"), language=canonical(language) if language else ENGLISH)
 
 
 # ---------------------------------------------------------------------------------------------------------- classified

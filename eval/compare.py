@@ -13,7 +13,9 @@ import argparse
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from data_pipeline.errors import UsageError
 from data_pipeline.files import write_bytes
 from eval.chain import alone, run_chain, say
 from eval.comparison import plan as plans
@@ -22,8 +24,7 @@ from eval.processes import count_gpus
 
 def main(argv: Sequence[str], make_parser: Callable[..., argparse.ArgumentParser] = argparse.ArgumentParser) -> int:
     args = parser(make_parser).parse_args(argv)
-    settings = [*args.settings, *flags(args)]
-    asked = plans.read_comparison(args.preset, args.config, settings)
+    asked = plans.read_comparison(args.preset, args.config, args.settings, flags(args))
     return compare(asked, args.output, only_plan=args.plan)
 
 
@@ -38,24 +39,24 @@ def parser(make: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentPar
     p.add_argument("--train", nargs="+", help="labelled pictures that the probes learn from")
     p.add_argument("--train-labels", help="Parquet of key, label for --train")
     p.add_argument("--classes", help="a bundled class set or a file")
-    p.add_argument("--seeds", nargs="+")
+    p.add_argument("--seeds", nargs="+", type=int)
     p.add_argument("--arms", nargs="+", help=f"of {', '.join(plans.ARMS)}")
     p.add_argument("--set", dest="settings", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     p.add_argument("--plan", action="store_true", help="print the plan and its cost, run nothing")
     return p
 
 
-def flags(args: argparse.Namespace) -> list[str]:
-    """Those that were given, as settings."""
+def flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given."""
     names = ("shards", "labelled", "data", "train", "train_labels", "classes", "seeds", "arms")
-    given = {name: getattr(args, name) for name in names if getattr(args, name)}
-    return [f"{name}={','.join(value) if isinstance(value, list) else value}" for name, value in given.items()]
+    return {name: getattr(args, name) for name in names if getattr(args, name)}
 
 
 def compare(asked: plans.Comparison, output: Path, only_plan: bool = False) -> int:
     from eval.comparison.chain import chain, describe, estimate, launcher
 
     plan = plans.make_plan(asked, output)
+    check_evaluation(asked)
     say(*describe(plan, output), estimate(plan))
     gpus = count_gpus()
     steps = chain(plan, launcher(gpus))
@@ -64,6 +65,26 @@ def compare(asked: plans.Comparison, output: Path, only_plan: bool = False) -> i
         return 0
     with alone(output, "compare"):
         return run_chain(steps, output, lambda: finish(plan, output), gpus)
+
+
+def check_evaluation(asked: plans.Comparison) -> None:
+    """Refuse now, and not after the trainings, what `python -m eval` would refuse. Raises UsageError, DataError."""
+    from eval import base
+    from eval.datasets import open_data
+
+    entries = base.configure([base.load(name) for name in asked.evaluators], asked.evaluator_settings)
+    for entry in entries:
+        if entry.data not in ("labelled", "pictures") or entry.make.needs_text:
+            raise UsageError(
+                f"evaluators={entry.name} needs more than an image tower, which is all that the arms share"
+            )
+        if entry.make.needs_train and not asked.train:
+            raise UsageError(f"{entry.name} learns from labelled images: give them with --train PATH…")
+    labels = Path(asked.train_labels) if asked.train_labels else None
+    data = open_data(
+        [Path(path) for path in asked.data], [Path(path) for path in asked.train], asked.classes or None, labels
+    )
+    say(data.summary())
 
 
 def finish(plan: plans.Plan, output: Path) -> None:

@@ -8,6 +8,7 @@ not matter. No torch.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from data_pipeline.files import sha256_file
 from data_pipeline.shardset import read_manifest
 from eval.datasets import Dataset
 from eval.results import Result
+from eval.sources.shards import CLASSES
 
 FILE = "evaluation.parquet"
 RUNS = 20  # of a lineage; a longer one is a circle
@@ -69,12 +71,35 @@ def sentence(found: dict[str, Any]) -> str:
     return f"{start}{words}; of {found['left_in_training']:,} it was left in: their scores count as training scores"
 
 
+def by_set(found: Iterable[tuple[str, dict[str, Any]]]) -> list[str]:
+    """One line for all sets of which the same is known; where something else is known of another, with their names."""
+    names: dict[str, list[str]] = {}
+    for name, one in found:
+        names.setdefault(sentence(one), []).append(name)
+    return [f"{', '.join(own)}: {text}" if len(names) > 1 else text for text, own in names.items()]
+
+
 def sentences(results: Iterable[Result]) -> list[str]:
-    """One line for all runs of which the same is known."""
-    runs: dict[str, dict[str, None]] = {}
+    """One line for all runs of which the same is known; a run that several things are known of with its sets."""
+    found: dict[str, dict[str, dict[str, None]]] = {}
     for result in results:
-        runs.setdefault(sentence(result.contamination), {})[result.run] = None
-    return [f"{', '.join(names)}: {text}." for text, names in runs.items()]
+        sets = found.setdefault(sentence(result.contamination), {}).setdefault(result.run, {})
+        sets.update(dict.fromkeys(_sets(result)))
+    times = Counter(run for runs in found.values() for run in runs)
+    return [f"{', '.join(_named(run, sets, times[run]) for run, sets in runs.items())}: {text}."
+            for text, runs in found.items()]  # fmt: skip
+
+
+def _named(run: str, sets: Iterable[str], times: int) -> str:
+    return f"{run} ({', '.join(sets)})" if times > 1 and sets else run
+
+
+def _sets(result: Result) -> list[str]:
+    """What was evaluated on, in short: `imagenet-v2:test`, `eval-emojione.parquet`."""
+    paths = result.config.get("paths")
+    listed = paths.get("data") if isinstance(paths, dict) else None
+    texts = [text for text in listed if isinstance(text, str)] if isinstance(listed, list) else []
+    return [text.partition("=")[0] if "=" in text else Path(text).name for text in texts]
 
 
 # ---------------------------------------------------------------------------------------------------------- shard sets
@@ -125,6 +150,8 @@ def _read_list(folder: Path, sha256: str) -> dict[bytes, list[tuple[str | None, 
         raise Unknown(str(error)) from None
     if found != sha256:
         raise Unknown(f"the shard set {folder} has changed since the run was trained on it")
+    if manifest.get("kind") == CLASSES:  # `python -m eval shards` has no --exclude-eval
+        raise Unknown(f"the shard set {folder} is a labelled set, in which no evaluation pictures are looked for")
     if FILE not in manifest.get("files", {}):
         raise Unknown(f"the shard set {folder} was built without --exclude-eval")
     path = folder / FILE

@@ -13,7 +13,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,19 @@ class Dataset:
     sha256: str  # of the files, the keys and the labels
     left_out: dict[str, int]  # pictures without a class, by reason
     published: dict[str, Any] | None = None  # which published set this is: name, split, whether it is whole
+    part_of: int = 0  # pictures of the set that this is a part of: a share of those may be broken
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def part(self, rows: Sequence[int], **changes: Any) -> "Dataset":
+        """The pictures at `rows`, in that order, with a hash of their own: the cache of features knows them apart."""
+        rows = [int(row) for row in rows]
+        digest = hashlib.sha256(repr((self.sha256, rows)).encode()).hexdigest()
+        keys = tuple(self.keys[row] for row in rows)
+        own: dict[str, Any] = {"keys": keys, "labels": self.labels[rows], "sha256": digest}
+        own["part_of"] = self.part_of or len(self)
+        return replace(self, read=lambda position: self.read(rows[position]), **own | changes)
 
 
 @dataclass(frozen=True)
@@ -252,10 +262,14 @@ def _classes(sources: Sequence[Source], listed: Classes | None) -> Classes:
 
 def own_classes(sources: Sequence[Source]) -> Classes:
     """The class set that all of it belongs to, else classes that the data itself names, else as its labels are."""
-    belongs = {source.classes for source in sources}
-    if len(belongs) == 1 and (own := belongs.pop()) is not None:
-        return read_classes(own) if isinstance(own, str) else plain_classes(own, sources[0].where)
     told = {source.class_names: source.where for source in sources if source.class_names}
+    belongs = {source.classes: source.where for source in sources if source.classes is not None}
+    whole = all(source.classes is not None for source in sources)
+    if len(belongs) == 1 and (whole or told):  # a shard set of the same classes numbers them, and knows no folders
+        ((own, where),) = belongs.items()
+        found = read_classes(own) if isinstance(own, str) else plain_classes(own, where)
+        _agree([source for source in sources if source.classes is None], found)
+        return found
     if len(told) > 1:
         raise DataError(f"{' and '.join(list(told.values())[:2])} number their classes differently; give --classes")
     if not told:

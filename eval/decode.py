@@ -77,10 +77,15 @@ def decoded_batches(
 
 def pictures(dataset: Dataset, rows: Sequence[int], preprocess: Preprocess) -> Tensor:
     """uint8 N 3 H W of positions that are known to be readable."""
-    batches = list(decoded(dataset, rows, preprocess))
-    if lost := [bad for batch in batches for bad in batch.broken]:
-        raise DataError(f"'{lost[0].key}' was readable before and is not now ({lost[0].reason}); is the disk failing?")
-    return torch.cat([batch.images for batch in batches])
+    return torch.cat([readable(batch) for batch in decoded(dataset, rows, preprocess)])
+
+
+def readable(batch: Decoded) -> Tensor:
+    """uint8 B 3 H W of a batch whose pictures were readable before. Raises DataError for one that is not any more."""
+    if batch.broken:
+        lost = batch.broken[0]
+        raise DataError(f"'{lost.key}' was readable before and is not now ({lost.reason}); is the disk failing?")
+    return batch.images
 
 
 def workers() -> int:

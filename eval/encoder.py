@@ -94,10 +94,11 @@ class Encoder:
         return (*every, "mean_norm") if self.tower.norms_the_mean else every
 
     def own(self, kind: Kind) -> Kind:
-        """`pooled` as what it is for this tower. Raises UsageError for the class token of a tower without one."""
+        """`pooled` as what it is for this tower. Raises UsageError for one that it does not have."""
         found = cast(Kind, self.tower.shape.pool) if kind == "pooled" else kind
         if found not in (*self.kinds, "joint"):
-            raise UsageError(f"there are no {found} features: this encoder has no class token; use mean")
+            why = "has no class token" if found == "cls" else "does not take the norm of a mean"
+            raise UsageError(f"there are no {found} features: this encoder {why}; use {' or '.join(self.kinds)}")
         return found
 
     @torch.no_grad()

@@ -92,6 +92,18 @@ def extract(encode: Encoder, dataset: Dataset, kind: Kind = "pooled") -> Feature
     )
 
 
+def allowed_broken(dataset: Dataset) -> float:
+    """How many pictures may be broken; of a part, how many in the whole."""
+    return MAX_BAD * max(len(dataset), dataset.part_of)
+
+
+def too_many_broken(dataset: Dataset, such_as: str) -> str:
+    return (
+        f"more than {MAX_BAD:.0%} of the {max(len(dataset), dataset.part_of):,} pictures of the {dataset.name} data "
+        f"cannot be read, such as {such_as}; repair or remove them"
+    )
+
+
 def _cached(file: Path, identity: str, kind: Kind) -> Table | None:
     """Rank 0 looks and tells the others: they must not disagree about who computes, nor read a file in the making."""
     found = feature_file.read(file, identity, kind) if distributed.is_first() else None
@@ -187,12 +199,9 @@ class _Sink:
             raise DataError(self.wrong)
 
     def _too_many(self, broken: Sequence[Broken]) -> str:
-        if len(broken) <= MAX_BAD * len(self.dataset):
+        if len(broken) <= allowed_broken(self.dataset):
             return ""
-        return (
-            f"more than {MAX_BAD:.0%} of the {len(self.dataset):,} pictures of the {self.dataset.name} data cannot be "
-            f"read, such as '{broken[0].key}' ({broken[0].reason}); repair or remove them"
-        )
+        return too_many_broken(self.dataset, f"'{broken[0].key}' ({broken[0].reason})")
 
     def add(self, found: dict[Kind, Tensor], rows: list[int]) -> None:
         self.waiting.append((found, rows))

@@ -1,7 +1,7 @@
 """LARS (You et al., 2017) as MAE's linear probe has it (recipes 9.1).
 
-g = gradient + weight_decay * w
-g = g * trust * |w| / |g|            of parameters with more than one dimension; not where a norm is 0
+g = gradient + weight_decay * w       these two of parameters with more than one dimension alone
+g = g * trust * |w| / |g|             not where a norm is 0
 buffer = momentum * buffer + g
 w = w - lr * buffer
 """
@@ -49,8 +49,8 @@ class Lars(Optimizer):
 
 
 def _update(weight: Tensor, gradient: Tensor, trust: float, weight_decay: float) -> Tensor:
-    update = gradient + weight_decay * weight
     if weight.ndim < 2:
-        return update
+        return gradient
+    update = gradient + weight_decay * weight
     own, step = weight.norm(), update.norm()
     return update * torch.where((own > 0) & (step > 0), trust * own / step, 1.0)

@@ -10,7 +10,7 @@ from torch import nn
 
 from eval.augment import byol_crop
 from eval.lars import Lars
-from eval.probes import Course, Kind, Learnt, Probe, Task, fitting_batch, train
+from eval.probes import Course, Kind, Learnt, Probe, Task, fitting_batch, too_high, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,4 +52,6 @@ def run(task: Task, cfg: MaeConfig) -> Iterator[Learnt]:
     )
     facts = {"epochs": cfg.epochs, "batch": batch, "lr": rate, "augmentation": "BYOL crop, flip"}
     for kind, probe in probes.items():
+        if not probe.is_finite:
+            raise too_high(f"linear.mae.lr={cfg.lr:g}")
         yield Learnt(kind, probe, {}, facts)

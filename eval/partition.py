@@ -41,7 +41,7 @@ def wanted(choice: str, release: Release, device: torch.device) -> bool:
         if choice == "zero3":
             raise UsageError(
                 "--partition zero3 splits a tower over several ranks, and this is one process; start it with "
-                "torchrun --nproc_per_node N -m eval …"
+                "torchrun --nproc_per_node N -m -- eval …"
             )
         return False
     if choice != "auto":

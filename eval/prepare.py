@@ -9,6 +9,7 @@ Nothing is downloaded, unpacked or changed. Exit code: 0 if all that was asked f
 """
 
 import argparse
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -86,7 +87,8 @@ def one_set(published: Published) -> Iterator[str]:
         used = [
             use for use, name in (("evaluates", published.evaluate), ("trains", published.train)) if name == split.name
         ]
-        count = f"{split.images:,} pictures" if split.images else "number of pictures not known here"
+        least = f"at least {split.at_least:,} pictures" if split.at_least else "number of pictures not known here"
+        count = f"{split.images:,} pictures" if split.images else least
         yield f"split {split.name}: {count}" + (f"; the field {' and '.join(used)} on it" if used else "")
     for archive in published.archives:
         yield f"archive {archive.name}" + (f" ({', '.join(_published_hashes(archive))})" if archive.hashes else "")
@@ -133,7 +135,7 @@ def _packed(published: Published, split: str, source: Path) -> Iterator[str]:
         elif archive.unpack:
             wrong = _wrong(archive, lying[archive])
             yield f"  {archive.name} lies there packed: " + (
-                wrong or f"cd {source} && {archive.unpack.format(archive.name)}"
+                wrong or f"cd {shlex.quote(str(source))} && {archive.unpack.format(archive.name)}"
             )
 
 

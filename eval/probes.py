@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, UsageError
 from eval import distributed
 from eval.augment import View
 from eval.datasets import Dataset
-from eval.decode import BATCH, Decoded, batches_of, decoded_batches
+from eval.decode import BATCH, Decoded, batches_of, decoded_batches, readable
 from eval.encoder import Encoder, Kind
 from eval.features import Features
 from eval.progress import Progress
@@ -53,6 +53,11 @@ class Probe:
         self.optimiser.zero_grad()
         F.cross_entropy(self.head(features), labels).backward()
         self.optimiser.step()
+
+    @property
+    def is_finite(self) -> bool:
+        """False when its rate was so high that the weights went to infinity."""
+        return all(bool(torch.isfinite(weight).all()) for weight in self.head.parameters())
 
     @torch.no_grad()
     def scores(self, features: Tensor) -> Tensor:
@@ -93,6 +98,11 @@ class Task:
         nn.init.trunc_normal_(linear.weight, std=0.01, generator=draw)
         nn.init.zeros_(linear.bias)
         return linear.to(self.encode.device)
+
+
+def too_high(setting: str) -> UsageError:
+    """`setting` is such as linear.mae.lr=0.1."""
+    return UsageError(f"{setting} is too high for these features: the weights went to infinity; lower it")
 
 
 class Learnt(NamedTuple):
@@ -144,7 +154,7 @@ def _views(
     size = encode.batch or BATCH
     chunks = [batches_of(range(len(batch)), size) for batch in batches]  # places inside the batch
     mine = [distributed.own_share(of_batch) for of_batch in chunks]
-    asked = [[int(rows[batch[i]]) for i in places] for batch, own in zip(batches, mine, strict=True) for places in own]
+    asked = [rows[batch[list(places)]].tolist() for batch, own in zip(batches, mine, strict=True) for places in own]
     pictures = decoded_batches(dataset, asked, encode.preprocess, view, pin=encode.device.type == "cuda")
     for batch, of_batch, own in zip(batches, chunks, mine, strict=True):
         yield _gathered(encode, pictures, len(batch), own, distributed.steps(of_batch))
@@ -158,7 +168,7 @@ def _gathered(
     tables: dict[Kind, Tensor] = {}
     for number in range(forwards):
         places = own[number] if number < len(own) else ()
-        found = encode.all(_readable(next(pictures)) if places else _black(encode))
+        found = encode.all(readable(next(pictures)) if places else _black(encode))
         for kind, features in found.items():
             table = tables.setdefault(kind, features.new_zeros(count, features.shape[1]))
             if places:
@@ -167,13 +177,6 @@ def _gathered(
     if not all(torch.isfinite(table).all() for table in tables.values()):
         raise DataError("the encoder gives nan or infinity on views of the training data; its weights are damaged")
     return tables
-
-
-def _readable(batch: Decoded) -> Tensor:
-    if batch.broken:
-        lost = batch.broken[0]
-        raise DataError(f"'{lost.key}' was readable before and is not now ({lost.reason}); is the disk failing?")
-    return batch.images
 
 
 def _black(encode: Encoder) -> Tensor:

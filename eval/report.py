@@ -7,7 +7,6 @@ becomes a line that says which command makes it. The page needs no network, no s
 """
 
 import argparse
-import importlib.metadata
 import json
 import logging
 import platform
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 from markupsafe import Markup
 
 from data_pipeline.errors import DataError, UserError
@@ -35,7 +33,8 @@ from eval.report_intervals import DRAWS, IMAGES, NOTHING, SEEDS
 from eval.report_runs import Folder, Run, open_shards, read_folder
 from eval.report_scores import Row, ScoreTable, score_table, verdict
 from eval.report_tasks import DEFAULT_LANGUAGE, is_look, language
-from eval.results import Result
+from eval.report_templates import fill
+from eval.results import Result, version
 from maws.config import STAGE_NAMES
 
 if TYPE_CHECKING:  # torch comes with it, and only some parts of the page need that
@@ -85,17 +84,7 @@ def render(path: Path) -> str:
     folder = read_folder(path)
     shards = open_shards(folder)
     table = score_table(folder.results, [run.entrant() for run in folder.runs])
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("eval", "pages"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        percent=_percent, thousands=lambda number: f"{number:,}", short=_short, ours=report_papers.name
-    )
-    return environment.get_template("report.html.j2").render(
+    values = dict(
         title=folder.path.resolve().name,
         intro=introduction(folder, shards, table),
         cards=cards(table),
@@ -125,6 +114,7 @@ def render(path: Path) -> str:
         notes=list(dict.fromkeys(folder.notes)),
         software=_software(),
     )
+    return fill("report.html.j2", values, ours=report_papers.name)
 
 
 def zero_shot_tables(folder: Folder, table: ScoreTable) -> dict[str, Any]:
@@ -258,26 +248,13 @@ def _hashes(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
 
 
 def _software() -> list[tuple[str, str]]:
-    found = [("Python", platform.python_version())]
-    for name in LIBRARIES:
-        try:
-            found.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = [(name, version(name)) for name in LIBRARIES]
+    return [("Python", platform.python_version()), *((name, one) for name, one in found if one)]
 
 
 def _wsp_steps(folder: Folder) -> int | None:
     steps = {run.steps for run in folder.runs if run.lineage in (("wsp",), ("mae", "wsp"))}
     return steps.pop() if len(steps) == 1 else None
-
-
-def _percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f}"
-
-
-def _short(digest: str) -> str:
-    return digest[:12]
 
 
 # ------------------------------------------------------------------------------------------------------------- figures

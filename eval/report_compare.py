@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from data_pipeline.errors import DataError
 from eval import figures
 from eval.figures_compare import Difference, Line, difference_plot, learning_curves
 from eval.report_runs import Folder
+from eval.report_templates import fill
 
 CONCLUSIONS = {
     "apart": "apart",
@@ -31,27 +31,18 @@ def page(path: Path) -> str:
 
 def rendered(path: Path, template: str) -> Markup:
     found = read(path / "compare.json")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("eval", "pages"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=percent, points=points, p=p_value, flops=flops)
-    titles = found["titles"]
-    return Markup(
-        environment.get_template(template).render(
-            found=found,
-            titles=titles,
-            colours=figures.colours(list(titles.values())),
-            headline=found["metrics"][0],
-            curves=[(metric["name"], curves(metric, titles)) for metric in found["metrics"][:1]],
-            differences=differences(found["metrics"][0], titles),
-            conclusions=CONCLUSIONS,
-            rungs=found["config"]["budgets"],
-        )
-    )
+    titles, headline = found["titles"], found["metrics"][0]
+    values = {
+        "found": found,
+        "titles": titles,
+        "colours": figures.colours(list(titles.values())),
+        "headline": headline,
+        "curves": curves(headline, titles),
+        "differences": differences(headline, titles),
+        "conclusions": CONCLUSIONS,
+        "rungs": found["config"]["budgets"],
+    }
+    return fill(template, values, points=points, p=p_value, flops=flops)
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -89,10 +80,6 @@ def differences(metric: dict[str, Any], titles: dict[str, str]) -> str:
             if pair["budget"] == 1.0
         ]
     )
-
-
-def percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f}"
 
 
 def points(value: float | None) -> str:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import jinja2
 from markupsafe import Markup
 
 from eval import figures_look
@@ -20,6 +19,7 @@ from eval.report_look_files import Looking, Map, Spectrum, as_looking, as_spectr
 from eval.report_runs import Folder
 from eval.report_scores import score_table
 from eval.report_tasks import tasks
+from eval.report_templates import fill
 from eval.spectra import effective_rank, log_difference, variance_share
 
 K: Final = (1, 10)  # directions whose share of the variance is drawn
@@ -110,23 +110,13 @@ def section(folder: Folder, path: Path, baseline: str | None = None) -> Markup |
         return None
     on = {key[0]: task.data for key, task in tasks(folder.results).items()}
     shades = colours(list(dict.fromkeys([*columns.values(), *(one.label for one in [*spectra, *looks])])))
-    page = _environment().get_template("look.html.j2").render(
-        spectra=_spectra_parts(spectra, on, shades, baseline),
-        attention=_attention_parts(looks, on, shades),
-        shades=shades,
-        command=f"python -m eval spectrum attention --run {path}/RUN --data DATA",
-    )  # fmt: skip
-    return Markup(page)
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("eval", "pages"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    values = {
+        "spectra": _spectra_parts(spectra, on, shades, baseline),
+        "attention": _attention_parts(looks, on, shades),
+        "shades": shades,
+        "command": f"python -m eval spectrum attention --run {path}/RUN --data DATA",
+    }
+    return fill("look.html.j2", values)
 
 
 # ------------------------------------------------------------------------------------------------------------- spectra

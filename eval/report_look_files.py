@@ -6,8 +6,6 @@ What is no such file, or is of weights that its run no longer has, is left out w
 """
 
 import base64
-import binascii
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.files import sha256_file
+from data_pipeline.images import decode
 from eval.report_runs import Folder, Run
 from eval.report_scores import lineage_name
 
@@ -106,10 +105,7 @@ def _map(entry: dict[str, Any], query: dict[str, Any]) -> Map:
 def _picture(text: str) -> Image.Image:
     if not text.startswith(PNG):
         raise ValueError("not a PNG picture")
-    try:
-        return Image.open(io.BytesIO(base64.b64decode(text.removeprefix(PNG), validate=True)), formats=["PNG"])
-    except (binascii.Error, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from None
+    return decode(base64.b64decode(text.removeprefix(PNG), validate=True))  # both raise kinds of ValueError
 
 
 def _numbers(values: Any, axes: int = 1) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Scores beside the papers' own, where the data are the papers' data: whole published sets (`NAME=PATH`), same metric.
+"""Scores beside the papers' own, where the data are the papers' data: whole published sets (`NAME=PATH`), same metric;
+of probes also the pictures that they learnt from.
 
     ours MAE→WSP, vit_b16, linear 81.9     MAWS (arXiv 2303.13496), Table 9: vit_b16 82.8     -0.9
 
@@ -16,9 +17,12 @@ from statistics import fmean
 from typing import Final
 
 from eval.report_scores import lineage_name, newest
+from eval.report_settings import differing, setting
+from eval.report_tasks import DEFAULT_LANGUAGE, identity, language
 from eval.results import Result
 
 FIGURES: Final = Path(__file__).parent / "papers/figures.json"
+PROBES: Final = ("linear", "lowshot")  # they learn from pictures, which are part of what the papers evaluate
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Ours:
-    """Scores of one run that a paper has a counterpart of; the mean over draws and seeds."""
+    """Scores of one run, of one name and by one setting, that a paper has a counterpart of; the mean over draws and
+    seeds.
+    """
 
     run: str
     lineage: tuple[str, ...]
@@ -50,6 +56,8 @@ class Ours:
     data: str
     protocol: str
     resolution: int
+    score: str  # its own name: `cls/top1`, `5-shot/vpt/top1`
+    how: str = ""  # the settings that set it apart from others of its kind
     value: float = 0.0  # %
     count: int = 0
 
@@ -101,22 +109,47 @@ def pairs(results: Iterable[Result]) -> list[Pair]:
 
 
 def comparable(results: Iterable[Result]) -> Iterator[Ours]:
-    """Scores on whole published sets by a protocol that papers report."""
-    groups: dict[Ours, list[float]] = {}
+    """Scores on whole published sets by a protocol that papers report; those under other settings stand apart."""
+    groups: dict[Ours, dict[tuple[str, ...], list[float]]] = {}
     for result in newest(results):
         data, kind = published(result), task(result)
-        if data is None or kind is None:
+        if data is None or kind is None or not (_all_were_read(result) and _learnt_from_its_training_split(result)):
             continue
-        config = result.config
-        model = config.get("model")
-        model = model if isinstance(model, dict) else {}
-        key = Ours(
-            result.run, _without_tuning(tuple(result.lineage)), str(model.get("variant", "")), *kind, data,
-            str(config.get("protocol", "")), int(model.get("image_size") or 0),
-        )  # fmt: skip
-        groups.setdefault(key, []).append(100 * result.value)
-    for key, values in groups.items():
-        yield replace(key, value=fmean(values), count=len(values))
+        apart = (setting(result), language(result), *identity(result))
+        groups.setdefault(_ours(result, kind, data), {}).setdefault(apart, []).append(100 * result.value)
+    for ours, by_setting in groups.items():
+        words = differing(apart[0] for apart in by_setting)
+        for apart, values in by_setting.items():
+            spoken = apart[1] if apart[1] != DEFAULT_LANGUAGE else ""
+            how = ", ".join(filter(None, (words[apart[0]], spoken)))
+            yield replace(ours, how=how, value=fmean(values), count=len(values))
+
+
+def _ours(result: Result, kind: tuple[str, str], data: str) -> Ours:
+    """Without its value."""
+    model = result.config.get("model")
+    model = model if isinstance(model, dict) else {}
+    return Ours(
+        result.run, _without_tuning(tuple(result.lineage)), str(model.get("variant", "")), *kind, data,
+        str(result.config.get("protocol", "")), int(model.get("image_size") or 0), result.metric,
+    )  # fmt: skip
+
+
+def _all_were_read(result: Result) -> bool:
+    """A set of which some pictures are damaged is a part of it."""
+    images = result.config.get("images")
+    return not isinstance(images, dict) or images.get("data", result.n) == result.n
+
+
+def _learnt_from_its_training_split(result: Result) -> bool:
+    """Of a probe: from the set's own training pictures, all of them; few labels of another set are another task."""
+    if result.evaluator not in PROBES:
+        return True
+    known = result.config.get("published", {})
+    data, train = known.get("data", {}), known.get("train")
+    if not isinstance(train, dict) or train.get("whole") is not True:
+        return False
+    return train.get("name") == data.get("name") and train.get("split") != data.get("split")
 
 
 def published(result: Result) -> str | None:

@@ -324,4 +324,6 @@ def _cell(value: Score | None) -> str:
         return "–"
     if value.over == NOTHING:
         return f"{100 * value.mean:.1f}"
+    if value.over == NOTHING:
+        return f"{100 * value.mean:.1f}"
     return f"{100 * value.mean:.1f} ±{100 * value.half_width:.1f}" + {SEEDS: "", DRAWS: "d", IMAGES: "i"}[value.over]

@@ -105,7 +105,7 @@ def is_look(metric: str) -> bool:
 
 _ERRORS = re.compile(r"(?:^|/)(?:corruption|ce)/|(?:^|/)(?:mce|mean-error)$")
 _MADE_OF_MANY = re.compile(r"(?:^|/)(?:ce/.*|mce|mean-error|aupr|corruption/[^/]+)$")
-_SEVERITY = re.compile(r"(?:^|/)corruption/[^/]+/\d$")
+_SEVERITY = re.compile(r"(?:^|/)corruption/[^/]+/\d+$")
 
 
 def less_is_better(metric: str) -> bool:

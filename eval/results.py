@@ -6,6 +6,7 @@
 """
 
 import fcntl
+import importlib.metadata
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,14 @@ class Result:
     lineage: list[str]
     time: str  # ISO 8601, UTC
     contamination: dict[str, Any] = field(default_factory=dict)  # see contamination.py; older lines have none
+
+
+def version(library: str) -> str | None:
+    """Of an installed library, for the record."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def append(path: Path, results: Iterable[Result]) -> None:

@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,6 @@ class Pool:
             order = order[~torch.isin(order, torch.tensor(lost))]
         kept = order[positions_in_class(self.labels[order]) < k]
         return sorted(kept.tolist(), key=self.dataset.keys.__getitem__)
-
-    def part(self, positions: Sequence[int]) -> Dataset:
-        """Those images as a data set of their own."""
-        keys = tuple(self.dataset.keys[position] for position in positions)
-        digest = hashlib.sha256(repr((self.dataset.sha256, list(positions))).encode()).hexdigest()
-        return replace(
-            self.dataset, keys=keys, labels=self.dataset.labels[list(positions)], sha256=digest,
-            read=lambda row: self.dataset.read(positions[row]),
-        )  # fmt: skip
 
 
 def text_of(dataset: Dataset, positions: Sequence[int], k: int, seed: int) -> str:

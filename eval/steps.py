@@ -6,7 +6,6 @@ to FOLDER/.steps/NAME.json. chain.py runs them.
 
 import glob
 import hashlib
-import importlib.metadata
 import json
 import os
 import sys
@@ -14,6 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from eval.results import version
+from maws.files import json_lines, sha256
 
 LIBRARIES = ("torch", "torchvision", "deepspeed", "timm", "transformers", "nltk", "pyarrow", "pillow", "numpy")
 
@@ -54,7 +56,7 @@ class Ledger:
 
     def fingerprint(self, step: Step) -> dict[str, Any]:
         """Everything the outputs are a function of. Kept readable, so that one can see what changed."""
-        versions = {name: _version(name) for name in self.libraries}
+        versions = {name: version(name) for name in self.libraries}
         return {
             "command": list(step.command),
             "inputs": {name: self.digest(name) for pattern in step.inputs for name in self.matches(pattern)},
@@ -86,8 +88,7 @@ class Ledger:
             return None
         key = (name, stat.st_size, stat.st_mtime_ns)
         if key not in self.digests:
-            with path.open("rb") as file:
-                self.digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            self.digests[key] = sha256(path)
         return self.digests[key]
 
     def is_done(self, step: Step) -> bool:
@@ -120,19 +121,6 @@ class Ledger:
             return None
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def evaluators_in(results: Path) -> set[str]:
     """The evaluators with at least one whole line in a results file."""
-    found: set[str] = set()
-    for line in results.read_text(encoding="utf-8", errors="replace").splitlines() if results.is_file() else []:
-        try:
-            found.add(json.loads(line)["evaluator"])
-        except (ValueError, KeyError, TypeError):
-            continue  # half a line of a killed writer
-    return found
+    return {str(line["evaluator"]) for line in json_lines(results) if "evaluator" in line}

@@ -14,9 +14,7 @@ FOLDER/transfer.json has everything; FOLDER/results.jsonl a line per score.
 
 import argparse
 import dataclasses
-import datetime
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,8 +30,7 @@ from maws.config import nearest
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong flag is told at once
     from eval.datasets import Data
     from eval.encoder import Encoder
-
-LIBRARIES = ("torch", "timm", "maws-open")
+    from maws.release import Release
 
 
 @dataclass(frozen=True)
@@ -117,15 +114,23 @@ def pairs_of(args: argparse.Namespace) -> list[Pair]:
         classes = args.classes[place if len(args.classes) > 1 else 0] if args.classes else ""
         labels = args.train_labels[place] if args.train_labels else ""
         pairs.append(Pair(names[1], train, test, classes, labels))
+    if len({pair.name for pair in pairs}) != len(pairs):  # cub/test and cars/test
+        pairs = [dataclasses.replace(pair, name=_name(pair.test, parent=True)) for pair in pairs]
     if len({pair.name for pair in pairs}) != len(pairs):
-        raise UsageError(f"sets need names of their own: {', '.join(pair.name for pair in pairs)}")
+        raise UsageError(
+            f"sets need names of their own, from their files and folders: {', '.join(pair.name for pair in pairs)}; "
+            f"rename one, or give them to calls of their own"
+        )
     return pairs
 
 
-def _name(reference: str) -> str:
-    """`inat2018` of inat2018:val=/data/inat; the file or folder name of a plain path."""
+def _name(reference: str, parent: bool = False) -> str:
+    """`inat2018` of inat2018:val=/data/inat; of a plain path its name, with that of its parent."""
     name, equals, _ = reference.partition("=")
-    return name.partition(":")[0] if equals else Path(reference).stem
+    if equals and not Path(reference).exists():
+        return name.partition(":")[0]
+    path = Path(reference).resolve()  # `.` and `..` have no name
+    return f"{path.parent.name}_{path.stem}" if parent else path.stem
 
 
 def describe(args: argparse.Namespace, grid: Grid, pairs: Sequence[Pair]) -> str:
@@ -143,6 +148,7 @@ def describe(args: argparse.Namespace, grid: Grid, pairs: Sequence[Pair]) -> str
 def linear(args: argparse.Namespace, grid: Grid, pairs: Sequence[Pair]) -> int:
     """The grid on cached features, set after set; every finished point is kept."""
     from eval.features import open_encoder, pick_device
+    from maws.config import to_json
 
     encode = open_encoder(args.init_from, pick_device(args.device))
     outcomes = []
@@ -150,8 +156,9 @@ def linear(args: argparse.Namespace, grid: Grid, pairs: Sequence[Pair]) -> int:
         data = open_pair(pair)
         outcome = linear_grid(encode, data, pair, grid, args.output / pair.name)
         outcomes.append(outcome)
-        settings = {"grid": dataclasses.asdict(grid), "precision": encode.precision}
-        keep(args, outcome, pair, data, encode, settings)
+        how = {"precision": encode.precision, "preprocess": to_json(encode.preprocess)}
+        assert encode.release is not None
+        keep(args, outcome, pair, data, encode.release, grid, how)
     return tell(args, grid, outcomes)
 
 
@@ -205,28 +212,30 @@ def identity(weights: str, data: "Data", grid: Grid) -> str:
 
 
 def keep(
-    args: argparse.Namespace, outcome: Outcome, pair: Pair, data: "Data", encode: "Encoder", settings: dict[str, Any]
-) -> None:
-    """The set's lines in results.jsonl."""
-    from eval import contamination
+    args: argparse.Namespace, outcome: Outcome, pair: Pair, data: "Data", release: "Release", grid: Grid,
+    how: dict[str, Any],
+) -> None:  # fmt: skip
+    """The lines of a set in results.jsonl. `how`: precision and preprocessing of the evaluation; how it was trained."""
+    from eval import contamination, record
     from eval.features import home
-    from maws.config import to_json
 
-    assert data.train is not None and encode.release is not None
+    assert data.train is not None
+    training = {name: how[name] for name in ("preset", "settings") if name in how}
     common = {
         "run": str(args.init_from),
-        "hashes": {"weights": encode.sha256, "train": data.train.sha256, **data.hashes},
-        "lineage": list(encode.release.lineage),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "contamination": contamination.look_up(home(encode.release), data.test),
+        "hashes": {"weights": release.sha256, "train": data.train.sha256, **data.hashes},
+        "lineage": list(release.lineage),
+        "time": record.now(),
+        "contamination": contamination.look_up(home(release), data.test),
     }
     config = {
-        "transfer": settings | {"method": outcome.method, "preset": args.preset, "settings": list(args.train_set)},
+        "transfer": {"grid": dataclasses.asdict(grid), "method": outcome.method, **training},
         **data.facts,
         "paths": {"train": [pair.train], "data": [pair.test], "classes": pair.classes or None},
         "images": {name: len(one) for name, one in data.sets.items()},
-        "preprocess": to_json(encode.preprocess),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "precision": how["precision"],
+        "preprocess": how["preprocess"],
+        "versions": record.versions(),
     }
     transfers.write_results(args.output / "results.jsonl", outcome, common, config)
 

@@ -8,6 +8,7 @@ FOLDER/SET/all/, refit_lr…_wd…_s0/     all training data, and the training w
 
 import argparse
 import dataclasses
+import glob
 import hashlib
 import json
 import shutil
@@ -20,22 +21,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, UsageError
 from data_pipeline.files import write_bytes
 from eval import transfers
 from eval.chain import run_chain, say
 from eval.comparison.chain import WEIGHTS, launcher, train_py
 from eval.processes import count_gpus
-from eval.report_scores import newest
-from eval.results import read
+from eval.results import Result, read
 from eval.steps import Step, evaluators_in
 from eval.transfer import Pair, keep, open_pair, tell
 from eval.transfers import Grid, Outcome, Point
 
 if TYPE_CHECKING:
     from eval.datasets import Data, Dataset
+    from maws.release import Release
 
 TOP1, HELD_OUT, SPLIT = "top1", "held_out.jsonl", "split.json"
+OF_THE_GRID = ("optim.lr", "optim.weight_decay", "optim.length", "data.shards")
 ROWS = 256  # pictures of a Parquet row group
 
 
@@ -52,6 +54,7 @@ class Prepared:
 
 def finetune(args: argparse.Namespace, grid: Grid, pairs: Sequence[Pair]) -> int:
     """Split, train the grid, train once more with what was chosen, and tell."""
+    release = check(args)
     gpus = count_gpus()
     start = launcher(gpus)
     prepared = [split(pair, grid, args.output) for pair in pairs]
@@ -63,23 +66,37 @@ def finetune(args: argparse.Namespace, grid: Grid, pairs: Sequence[Pair]) -> int
     steps = [step for one in prepared for step in grid_steps(one, grid, args, start)]
     code = run_chain(steps, args.output, chosen, gpus)
     if code or not grid.refit:
-        return code or finish(args, grid, pairs, outcomes)
+        return code or finish(args, grid, prepared, outcomes, release)
     both = list(zip(prepared, outcomes, strict=True))
     for one in prepared:
         write_all(one)
     again = [step for one, outcome in both for step in refit_steps(one, outcome, grid, args, start)]
     code = run_chain(again, args.output, lambda: None, gpus)
-    return code or finish(args, grid, pairs, [refitted(one, outcome, grid) for one, outcome in both])
+    again = [refitted(one, outcome, grid) for one, outcome in both]
+    return code or finish(args, grid, prepared, again, release)
 
 
-def finish(args: argparse.Namespace, grid: Grid, pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> int:
-    import torch
+def check(args: argparse.Namespace) -> "Release":
+    """The backbone, once all that every training will be asked for is known to be there. Raises UserError."""
+    from maws import stages
+    from maws.config import override
+    from maws.release import open_release
 
-    from eval.features import open_encoder
+    override(stages.preset("finetune", args.preset), args.train_set)
+    if own := [text for text in args.train_set if text.partition("=")[0] in OF_THE_GRID]:
+        raise UsageError(f"--train-set {own[0]}: the grid sets this itself; use --set lr, weight_decay or epochs")
+    return open_release(args.init_from)
 
-    encode = open_encoder(args.init_from, torch.device("cpu"))
-    for pair, outcome in zip(pairs, outcomes, strict=True):
-        keep(args, outcome, pair, open_pair(pair), encode, {"grid": dataclasses.asdict(grid)})
+
+def finish(
+    args: argparse.Namespace, grid: Grid, prepared: Sequence[Prepared], outcomes: Sequence[Outcome], release: "Release"
+) -> int:
+    for one, outcome in zip(prepared, outcomes, strict=True):
+        point, seed = outcome.chosen, grid.seeds[0]
+        evaluated = line_of(refit_of(one, *point, seed) if grid.refit else run_of(one, *point, seed)).config
+        how = {name: evaluated.get(name) for name in ("precision", "preprocess")}
+        how["preset"], how["settings"] = args.preset, list(args.train_set)
+        keep(args, outcome, one.pair, open_pair(one.pair), release, grid, how)
     return tell(args, grid, outcomes)
 
 
@@ -103,8 +120,6 @@ def split(pair: Pair, grid: Grid, output: Path) -> Prepared:
             f"{folder} holds a grid on other training data or another held-out part; give another --output, or remove "
             f"that folder"
         )
-    if not held.any():
-        raise DataError(f"{pair.train} has one picture of every class: nothing can be held out to choose a point on")
     say(f"{pair.name}: {int((~held).sum()):,} training pictures, {int(held.sum()):,} held out")
     shutil.rmtree(folder / "fit", ignore_errors=True)  # of a call that was killed before it could mark it
     write(part(data.train, ~held), data.classes, folder / "fit", [pair.train])
@@ -127,16 +142,7 @@ def write_all(one: Prepared) -> None:
 
 def part(dataset: "Dataset", chosen: np.ndarray) -> "Dataset":
     """The rows where `chosen` is true, as a data set of its own."""
-    rows = np.flatnonzero(chosen)
-    digest = hashlib.sha256(dataset.sha256.encode() + rows.tobytes()).hexdigest()
-    return dataclasses.replace(
-        dataset,
-        keys=tuple(dataset.keys[row] for row in rows.tolist()),
-        labels=dataset.labels[rows],
-        read=lambda position: dataset.read(int(rows[position])),
-        sha256=digest,
-        published=None,
-    )
+    return dataset.part(np.flatnonzero(chosen).tolist(), published=None)
 
 
 def write_parquet(dataset: "Dataset", path: Path) -> None:
@@ -211,8 +217,15 @@ def train_step(
     command += ["--run", run, "--seed", str(seed), "--resume", "auto", f"data.shards={shards}", f"optim.lr={lr:g}"]
     command += [f"optim.weight_decay={decay:g}", f"optim.length={grid.epochs:g} epochs", *args.train_set]
     name = f"{Path(run).parent.name}-{Path(run).name}"
-    inputs = (f"{shards}/manifest.json",)
+    inputs = (f"{shards}/manifest.json", *weights_of(args.init_from))
     return Step(name, tuple(command), inputs, (f"{run}/{WEIGHTS}",), code=(), side_by_side=start[0] == "python")
+
+
+def weights_of(init_from: Path) -> list[str]:
+    """Patterns of the files of a backbone: of a run, of a release folder, or the one file that is meant."""
+    if init_from.is_file():
+        return [str(init_from)]
+    return [f"{glob.escape(str(folder))}/model*.safetensors" for folder in (init_from / "release", init_from)]
 
 
 def eval_step(run: str, data: str, classes: str, results: str) -> Step:
@@ -245,9 +258,13 @@ def refitted(one: Prepared, outcome: Outcome, grid: Grid) -> Outcome:
 
 
 def top1(run: str, results: str = "results.jsonl") -> float:
+    return line_of(run, results).value
+
+
+def line_of(run: str, results: str = "results.jsonl") -> Result:
     """The newest top-1 of a results file; an evaluation that was started twice counts once."""
     file = Path(run) / results
-    found = [one for one in newest(read(file)) if (one.evaluator, one.metric) == ("finetune", TOP1)]
+    found = [one for one in read(file) if (one.evaluator, one.metric) == ("finetune", TOP1)]
     if not found:
         raise DataError(f"{file} has no top-1; remove it, and the same command evaluates {run} again")
-    return found[-1].value
+    return found[-1]

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.logistic import LinearHead, standardisation
+from eval.metrics import ranks
 from eval.transfers import Grid, Point
+from maws.schedule import warmup_cosine
 
 
 def fit(features: Tensor, labels: Tensor, classes: int, lr: float, decay: float, grid: Grid, seed: int) -> LinearHead:
@@ -27,12 +29,13 @@ def fit(features: Tensor, labels: Tensor, classes: int, lr: float, decay: float,
     optimiser = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.999))
     generator = torch.Generator().manual_seed(seed)
     steps, step = max(1, round(grid.epochs * math.ceil(len(x) / batch))), 0
+    multiplier = warmup_cosine(0, steps)
     while step < steps:
         for rows in torch.randperm(len(x), generator=generator).to(x.device).split(batch):
             if step == steps:
                 break
             for group in optimiser.param_groups:
-                group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+                group["lr"] = peak * multiplier(step)
             optimiser.zero_grad()
             F.cross_entropy(head(x[rows]), labels[rows]).backward()
             optimiser.step()
@@ -41,8 +44,6 @@ def fit(features: Tensor, labels: Tensor, classes: int, lr: float, decay: float,
 
 
 def top1(head: LinearHead, features: Tensor, labels: Tensor) -> float:
-    from eval.metrics import ranks
-
     hits = [ranks(head(x), y) == 0 for x, y in zip(features.split(4096), labels.split(4096), strict=True)]
     return torch.cat(hits).double().mean().item()
 

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.errors import UsageError
+from data_pipeline.errors import DataError, UsageError
 from data_pipeline.files import write_bytes
 from eval.results import Result, append, read
+from maws.files import append as add_line
+from maws.files import end_line, json_lines
 
 METHODS = ("finetune", "linear")
 SPLIT_SEED = 0  # of what is held out, whatever the seeds of training
@@ -113,16 +115,21 @@ def _best(points: Sequence[Point], part: str) -> tuple[float, float]:
 
 
 def hold_out(labels: np.ndarray, grid: Grid) -> np.ndarray:
-    """bool N: a random share of every class, at least one picture of a class with two, never all. One split for all."""
+    """bool N: a random share of every class, at least one picture of a class with two, never all. One split for all.
+
+    Raises DataError where no class has two.
+    """
+    import torch
+
+    from eval import held_out
+
     share = min(grid.held_out, grid.most_held_out / max(1, len(labels)))
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
-    ordered = labels[order]
-    place = np.empty(len(labels), dtype=np.int64)
-    by_class = np.argsort(ordered, kind="stable")
-    starts = np.searchsorted(ordered[by_class], ordered[by_class])
-    place[order[by_class]] = np.arange(len(labels)) - starts  # a random number 0, 1, 2, … inside the class
-    counts = np.bincount(labels)[labels]
-    return place < np.minimum(np.maximum(1, np.rint(counts * share)), counts - 1)
+    held = held_out.hold_out(torch.from_numpy(labels), share, SPLIT_SEED).numpy()
+    if not held.any():
+        raise DataError(
+            "the training data has one picture of every class: nothing can be held out to choose a point on"
+        )
+    return held
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -136,22 +143,17 @@ class Done:
     identity: str  # of weights, data and settings: a point of another grid does not count
 
     def points(self) -> dict[tuple[float, float, int], Point]:
-        found = {}
-        for line in self.file.read_text().splitlines() if self.file.is_file() else []:
-            try:
-                entry = json.loads(line)
-                if entry.pop("identity") == self.identity:
-                    point = Point(**entry)
-                    found[point.lr, point.weight_decay, point.seed] = point
-            except (ValueError, TypeError, KeyError, AttributeError):
-                continue  # half a line of a killed writer
-        return found
+        points = [
+            Point(**{name: value for name, value in entry.items() if name != "identity"})
+            for entry in json_lines(self.file)
+            if entry.get("identity") == self.identity
+        ]
+        return {(point.lr, point.weight_decay, point.seed): point for point in points}
 
     def add(self, point: Point) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.file.is_file() and not self.file.read_bytes().endswith(b"\n")
-        with self.file.open("a") as file:
-            file.write(("\n" if torn else "") + json.dumps({"identity": self.identity, **asdict(point)}) + "\n")
+        end_line(self.file)
+        add_line(self.file, {"identity": self.identity, **asdict(point)})
 
 
 def write_results(file: Path, outcome: Outcome, common: dict[str, Any], config: dict[str, Any]) -> None:

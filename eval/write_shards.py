@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ from data_pipeline.shardset import (
 )
 from eval.classes import Classes
 from eval.datasets import Dataset, open_training
+from eval.processes import Stopped, stopping_on_signals
 from eval.sources.shards import CLASSES
 from eval.sources.source import some
 
@@ -71,13 +73,18 @@ def main(argv: Sequence[str], make_parser: MakeParser) -> int:
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UsageError(f"--output {args.output} is there already; give another folder, or remove it first")
     classes, dataset = open_training(args.data, args.classes, args.labels)
-    shards = write(dataset, classes, args.output, [str(path) for path in args.data], args.samples_per_shard)
+    try:
+        with stopping_on_signals():  # a killed one leaves its hidden folder behind, a stopped one nothing
+            shards = write(dataset, classes, args.output, [str(path) for path in args.data], args.samples_per_shard)
+    except Stopped as stop:
+        log.warning("stopped; %s was not written", args.output)
+        return 128 + stop.number
     broken = shards.manifest["counts"]["broken"]
     left = f"; left out: {sum(broken.values()):,} that cannot be read" if broken else ""
     size = f"{len(shards):,} pictures of {len(shards.vocabulary):,} classes, {shards.num_shards:,} shards"
     _say(
         f"{args.output}: {size}{left}",
-        f"train on it: deepspeed maws/train.py --stage finetune … data.shards={args.output}",
+        f"train on it: deepspeed maws/train.py --stage finetune … {shlex.quote(f'data.shards={args.output}')}",
     )
     return 0
 

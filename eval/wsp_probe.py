@@ -16,7 +16,7 @@ from eval.augment import resized_crop
 from eval.features import Features
 from eval.held_out import hold_out
 from eval.metrics import topk
-from eval.probes import Course, Kind, Learnt, Probe, Task, fitting_batch, train
+from eval.probes import Course, Kind, Learnt, Probe, Task, fitting_batch, too_high, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +73,9 @@ def best_rate(pairs: Sequence[Pair], images: Features, held: Tensor) -> tuple[Pr
 
     Raises UsageError when every rate was so high that its weights are no longer finite.
     """
-    good = [pair for pair in pairs if all(finite(probe) for probe in pair if probe)]
+    good = [pair for pair in pairs if all(probe.is_finite for probe in pair if probe)]
     if not good:
-        rates = ", ".join(f"{pair.whole.rate:g}" for pair in pairs)
-        raise UsageError(
-            f"linear.wsp.lr={rates} is too high for these features: the weights went to infinity; lower it"
-        )
+        raise too_high("linear.wsp.lr=" + ",".join(f"{pair.whole.rate:g}" for pair in pairs))
     features, labels = images.features[held], images.labels[held]
     top1 = {pair.whole.rate: topk(pair.part.scores(features), labels, 1) for pair in good if pair.part}
     if not top1:
@@ -87,10 +84,6 @@ def best_rate(pairs: Sequence[Pair], images: Features, held: Tensor) -> tuple[Pr
     told = {"held_out_images": int(held.sum()), "held_out_top1": top1[best]}
     tried = {f"{pair.whole.rate:g}": top1.get(pair.whole.rate) for pair in pairs}
     return next(pair.whole for pair in good if pair.whole.rate == best), {"lr": best, **told, "top1_by_lr": tried}
-
-
-def finite(probe: Probe) -> bool:
-    return all(bool(torch.isfinite(weight).all()) for weight in probe.head.parameters())
 
 
 def _probe(task: Task, cfg: WspConfig, kind: Kind, rate: float, learns: Tensor | None) -> Probe:

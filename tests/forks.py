@@ -137,6 +137,13 @@ def server_pid() -> int:
     return _server.process.pid
 
 
+def server_printed() -> str:
+    """What this process's server and the libraries that it imports have written by now."""
+    server()
+    assert _server is not None
+    return _server.printed()
+
+
 def content(file: Any) -> str:
     """The whole file, without moving the position at which others write."""
     return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")

@@ -5,6 +5,7 @@ Imports are read from the syntax tree, not by importing: also those inside funct
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,19 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+@cache
 def imports(path: Path) -> list[tuple[str, int]]:
     """Every module that a file names in an import, at any depth: `from a import b` counts as `a` and as `a.b`."""
     package = module_name(path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
     found: list[tuple[str, int]] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -125,18 +132,14 @@ def test_nobody_writes_import_eval():
     plain = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in files
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.Import) and any(a.name == "eval" or a.asname == "eval" for a in node.names)
     ]
     assert not plain
 
 
 def test_every_module_says_in_its_first_line_what_it_is_for():
-    silent = [
-        str(path.relative_to(ROOT))
-        for path in FILES
-        if not (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").strip()
-    ]
+    silent = [str(path.relative_to(ROOT)) for path in FILES if not (ast.get_docstring(tree(path)) or "").strip()]
     assert not silent
 
 

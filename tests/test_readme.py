@@ -19,12 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from forks import Forked
 from pages import accept
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CORPUS = ROOT / "demo" / "emoji"
 CLASSES = 12
+FORKED = {("python", "maws/train.py"): "maws.train:main", ("python", "-m", "eval"): "eval.__main__:main"}
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 VENDORS = ("noto", "twemoji", "openmoji", "fluent-emoji")
 
 
@@ -111,18 +114,24 @@ def corpus(tmp_path_factory):
 
 
 def run(command: str, corpus: Path, port: int) -> None:
-    """Run one line of the README with this Python, on the small corpus, beside nothing else."""
+    """Run one line of the README with this Python, on the small corpus, beside nothing else.
+
+    What imports torch is forked from a process that has it (tests/forks.py), as if started: test_forks.py starts
+    `maws/train.py` and tests/eval/test_cli.py `python -m eval`. A launcher is started as it is.
+    """
     base = corpus.parents[1]
     words = shlex.split(command.replace("demo/emoji", str(corpus)).replace("runs/demo", str(base / "runs" / "demo")))
     words = ["debug" if before == "--preset" else word for before, word in zip([""] + words, words, strict=False)]
+    for start, target in FORKED.items():
+        if words[: len(start)] == [*start]:
+            return fork(command, target, words[len(start) :])
     program = [sys.executable]
     if words[0] == "deepspeed":
         program += [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(port)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     child = subprocess.Popen(
         [*program, *words[1:]],
         cwd=ROOT,
-        env=environment,
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -135,6 +144,15 @@ def run(command: str, corpus: Path, port: int) -> None:
         child.wait()
         raise
     assert child.returncode == 0, f"$ {command}\n{output[-3000:]}"
+
+
+def fork(command: str, target: str, words: list[str]) -> None:
+    process = Forked(target, [words], env=ENVIRONMENT, cwd=ROOT, stdout=True)
+    try:
+        assert process.wait(240) == 0, f"$ {command}\n{process.printed()[-3000:]}"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.timeout(900)

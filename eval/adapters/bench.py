@@ -16,7 +16,7 @@ from eval.adapters.training import Diverged, Pictures, right, train_fast, train_
 from eval.adapters.vpt import Deep, Shallow, initial_prompts
 from eval.chosen import Choice, Values
 from eval.datasets import Data
-from eval.features import BATCH, Encoder, Features
+from eval.features import Encoder, Features
 from eval.held_out import hold_out
 from eval.metrics import ranks
 from eval.progress import Progress
@@ -135,7 +135,8 @@ class Bench:
             return self.train.features[rows]  # AdaptFormer and LoRA start as the plain trunk
         new = torch.tensor([row for row in rows.tolist() if (method, row) not in self.starts], dtype=torch.long)
         with Progress("features under the first prompts", len(new)) as progress:
-            for part, (images, _) in zip(new.split(BATCH), self.shots.part(new).batches(), strict=False):  # maybe none
+            shots = self.shots.part(new)
+            for part, (images, _) in zip(new.split(shots.size), shots.batches(), strict=False):  # maybe none
                 made = features(adapter, self.encode, images)
                 self.starts.update({(method, row): one for row, one in zip(part.tolist(), made, strict=True)})
                 progress.add(len(part))

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.errors import DataError
 from eval.adapters.adapted import Adapted
 from eval.augment import random_crop
 from eval.datasets import Dataset
-from eval.features import BATCH, Decoded, Encoder, decoded
+from eval.decode import BATCH, decoded, readable
+from eval.encoder import Encoder
 from eval.metrics import ranks
 from maws.seeding import derive, generator
 
@@ -76,7 +76,7 @@ class Paper:
         if self.optimiser not in ("sgd", "adamw"):
             raise ValueError("optimiser must be sgd or adamw")
         if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError("epochs must be more than warmup_epochs, which are at least 0")
+            raise ValueError("epochs must be more than warmup_epochs (set these first), which are at least 0")
         if not 0 < self.crop <= 1 or not 0 <= self.momentum < 1:
             raise ValueError("crop must be a share above 0 up to 1, and momentum from 0 to less than 1")
 
@@ -104,13 +104,18 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.positions)
 
+    @property
+    def size(self) -> int:
+        """Pictures of a forward."""
+        return self.encode.batch or BATCH
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All of them in order: uint8 B 3 H W, labels B. Each is decoded once while there is room to keep it."""
         new = [position for position in self.positions if position not in self.kept]
         known = self.kept.keys() - new
-        fresh = (image for batch in readable(decoded(self.dataset, new, self.encode.preprocess)) for image in batch)
-        for start, labels in zip(range(0, len(self), BATCH), self.labels.split(BATCH), strict=False):
-            positions = self.positions[start : start + BATCH]
+        fresh = (image for batch in decoded(self.dataset, new, self.encode.preprocess) for image in readable(batch))
+        for start, labels in zip(range(0, len(self), self.size), self.labels.split(self.size), strict=False):
+            positions = self.positions[start : start + self.size]
             images = [self.kept[position] if position in known else next(fresh) for position in positions]
             for position, image in zip(positions, images, strict=True):
                 if (len(self.kept) + 1) * image.numel() <= HELD:
@@ -125,15 +130,6 @@ class Pictures:
         """Those at `rows` (n numbers from 0); what is decoded is shared."""
         positions = [self.positions[row] for row in rows.tolist()]
         return Pictures(self.dataset, self.encode, positions, self.labels[rows], self.kept)
-
-
-def readable(batches: Iterable[Decoded]) -> Iterator[Tensor]:
-    """Pictures that are known to be readable. Raises DataError for one that is not any more."""
-    for batch in batches:
-        if batch.broken:
-            bad = batch.broken[0]
-            raise DataError(f"'{bad.key}' was readable before and is not now ({bad.reason}); is the disk failing?")
-        yield batch.images
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -210,7 +206,7 @@ def crops(shots: Pictures, cfg: Paper, batch: int, seed: int) -> Iterator[tuple[
         order = order[: len(shots) // batch * batch]
         positions = [shots.positions[row] for row in order.tolist()]
         view = random_crop(seed, epoch, size, round(size / cfg.crop), cfg.flip)
-        images = readable(decoded(shots.dataset, positions, preprocess, batch, view))
+        images = map(readable, decoded(shots.dataset, positions, preprocess, batch, view))
         yield from zip(images, shots.labels[order.to(shots.labels.device)].split(batch), strict=True)
 
 

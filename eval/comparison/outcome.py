@@ -4,11 +4,13 @@ The lines of results.jsonl that count are the newest of each run, metric and tas
 the run has: an evaluation that was killed and started again counts once.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +20,8 @@ from eval.comparison import paired_statistics as paired
 from eval.comparison.plan import TITLES, Entry, Plan
 from eval.report_intervals import t_interval
 from eval.report_scores import newest
-from eval.report_tasks import SHARE, unit
+from eval.report_settings import setting
+from eval.report_tasks import SHARE, identity, unit
 from eval.results import Result, read
 
 LEVEL = 0.05  # p-values below it, corrected, count as clear
@@ -132,15 +135,22 @@ def collect(plan: Plan) -> list[Metric]:
 def measure(entry: Entry) -> list[Measured]:
     """The newest shares of a run. Raises DataError when it has none."""
     file = Path(entry.run) / "results.jsonl"
-    lines = list(read(file)) if file.is_file() else []
+    lines = [one for one in read(file) if one.run == os.path.normpath(entry.run)] if file.is_file() else []
     weights = lines[-1].hashes.get("weights") if lines else None  # written last: of the weights that are there
+    last = {(one.evaluator, one.metric): manner(one) for one in lines}
     draws: dict[tuple[str, str], list[Result]] = {}
     for one in newest(lines):
-        if unit(one.metric) == SHARE and one.hashes.get("weights") == weights:
-            draws.setdefault((one.evaluator, one.metric), []).append(one)
+        name = one.evaluator, one.metric
+        if unit(one.metric) == SHARE and one.hashes.get("weights") == weights and manner(one) == last[name]:
+            draws.setdefault(name, []).append(one)
     if not draws:
         raise DataError(f"{entry.run} has no results yet; `python -m eval compare` makes them")
     return [of_draws(entry, of_one, file.parent) for of_one in draws.values()]
+
+
+def manner(result: Result) -> tuple[Any, ...]:
+    """On what and how a score was measured: what differs in it is another evaluation, and no further draw."""
+    return identity(result), setting(result), result.config.get(result.evaluator)
 
 
 def of_draws(entry: Entry, found: Sequence[Result], folder: Path) -> Measured:

@@ -12,18 +12,20 @@ A rung of the ladder is a training of its own, to the end of its own schedule, a
 Counted are the multiply-adds of matrix products, 3 x forward x samples (maws/models/flops.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from data_pipeline.errors import UsageError
 from data_pipeline.shardset import ShardSet
 from maws import stages
-from maws.config import ConfigError, Duration, TrainConfig, from_json, load_json, nearest, override
+from maws.config import ConfigError, Duration, TrainConfig, load_json, nearest, override
 from maws.data.order import Part
 
 ARMS = ("scratch", "mae", "wsp", "mae_wsp", "supervised")
+OF_THE_PLAN = ("data.shards", "optim.length")
 TITLES = {"scratch": "random", "mae": "MAE", "wsp": "WSP", "mae_wsp": "MAE→WSP", "supervised": "supervised"}
 
 
@@ -128,34 +130,46 @@ class Plan:
         return sum(training.multiply_adds for training in self.trainings)
 
 
-def read_comparison(preset: str, file: Path | None, settings: Sequence[str]) -> Comparison:
-    """A preset, changed by a file of settings and then by `name=value`. Raises UsageError."""
+def read_comparison(
+    preset: str, file: Path | None, settings: Sequence[str], flags: Mapping[str, Any] = MappingProxyType({})
+) -> Comparison:
+    """A preset, changed by a file of settings, then by `name=value` (lists with commas), then by flags.
+
+    Raises UsageError.
+    """
     if preset not in PRESETS:
         raise UsageError(f"compare has no preset {preset!r}; {nearest(preset, list(PRESETS))}")
-    found = PRESETS[preset]
-    if file:
-        values: dict[str, Any] = load_json(file)
-        given = from_json(Comparison, {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-        found = replace(found, **{name: getattr(given, name) for name in values})
-    return check(_with_settings(found, settings))
-
-
-def _with_settings(found: Comparison, settings: Sequence[str]) -> Comparison:
-    """`name=value`, lists with commas."""
-    defaults = {item.name: getattr(PRESETS["demo"], item.name) for item in fields(Comparison)}
-    numbers = {"seeds": int, "budgets": float, "mae_share": float, "draws": int}
+    given = [(f"{file}: {name}", name, value) for name, value in load_json(file).items()] if file else []
     for setting in settings:
         name, equals, text = setting.partition("=")
-        if not equals or name not in defaults:
-            raise UsageError(f"--set {setting}: expected name=value; {nearest(name, list(defaults))}")
-        kind = numbers.get(name, str)
-        try:
-            parts = [kind(part.strip()) for part in text.split(",") if part.strip()]
-            value = tuple(parts) if isinstance(defaults[name], tuple) else kind(text)
-        except ValueError:
-            raise UsageError(f"--set {setting}: {text!r} is not a {kind.__name__}") from None
-        found = replace(found, **{name: value})
-    return found
+        if not equals:
+            raise UsageError(f"--set {setting}: expected name=value; {nearest(name, [*KINDS])}")
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        given.append((f"--set {setting}", name, parts if name in LISTS else text))
+    given += [(f"--{name.replace('_', '-')}", name, value) for name, value in flags.items()]
+    found = PRESETS[preset]
+    for where, name, value in given:
+        found = replace(found, **{name: _typed(where, name, value)})
+    return check(found)
+
+
+KINDS: dict[str, type] = {item.name: str for item in fields(Comparison)}
+KINDS |= {"seeds": int, "budgets": float, "mae_share": float, "draws": int}
+LISTS = {item.name for item in fields(Comparison) if isinstance(item.default, tuple)}
+
+
+def _typed(where: str, name: str, value: Any) -> Any:
+    """A value as its field wants it. Raises UsageError for another name, and for a value of another kind."""
+    if name not in KINDS:
+        raise UsageError(f"{where}: there is no setting {name}; {nearest(name, [*KINDS])}")
+    kind, several = KINDS[name], name in LISTS
+    try:
+        if several != isinstance(value, list) or isinstance(value, dict):
+            raise ValueError
+        return tuple(kind(part) for part in value) if several else kind(value)
+    except (ValueError, TypeError):
+        what = f"a list of {kind.__name__}" if several else f"a {kind.__name__}"
+        raise UsageError(f"{where}: {value!r} is not {what}") from None
 
 
 def check(asked: Comparison) -> Comparison:
@@ -179,6 +193,9 @@ def check(asked: Comparison) -> Comparison:
         raise UsageError(f"mae_share={asked.mae_share} must be at least 0 and less than 1")
     if "/" not in asked.headline or asked.headline.split("/")[0] not in asked.evaluators:
         raise UsageError(f"headline={asked.headline} must be EVALUATOR/METRIC of {', '.join(asked.evaluators)}")
+    every = (*asked.settings, *asked.mae_settings, *asked.wsp_settings, *asked.supervised_settings)
+    if own := [text for text in every if text.partition("=")[0] in OF_THE_PLAN]:
+        raise UsageError(f"{own[0]}: the plan sets this for every training; use shards, labelled and total instead")
     for name, what in (("shards", "a shard set to pretrain on"), ("data", "evaluation pictures")):
         if not getattr(asked, name):
             raise UsageError(f"compare needs {what}: give --{name}")

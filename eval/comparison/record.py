@@ -1,7 +1,6 @@
 """A comparison as compare.json, and as lines for the terminal."""
 
 import dataclasses
-import importlib.metadata
 import json
 import platform
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 from eval.comparison.outcome import Cell, Metric, Pair, reaches, title
 from eval.comparison.plan import Plan
 from eval.comparison.verdict import caveats, p, verdict
+from eval.results import version
 
 FORMAT = 1
 LIBRARIES = ("torch", "timm", "deepspeed", "numpy", "maws-open")
@@ -28,7 +28,7 @@ def as_json(plan: Plan, metrics: Sequence[Metric]) -> str:
         "metrics": [_metric(metric, plan) for metric in metrics],
         "verdict": verdict(metrics[0], plan),
         "caveats": caveats(plan),
-        "versions": {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
     }
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -61,13 +61,6 @@ def _cell(cell: Cell) -> dict[str, Any]:
 
 def _pair(pair: Pair) -> dict[str, Any]:
     return dataclasses.asdict(pair) | {"conclusion": pair.conclusion}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 # ------------------------------------------------------------------------------------------------------------ terminal

@@ -1,4 +1,4 @@
-"""Where the attention of an encoder goes: how far each head looks, and maps of what some patches look at.
+"""Evaluator attention: how far each head of an encoder looks, and maps of what some patches look at.
 
     python -m eval attention --run runs/demo/mae --data demo/emoji/eval-emojione.parquet
     python -m eval attention --run RUN --data photos/ --set attention.at=0.5:0.5,0.2:0.7 attention.pictures=6

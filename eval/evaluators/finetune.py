@@ -15,9 +15,10 @@ from data_pipeline.errors import UsageError
 from eval.base import EvaluatorConfig, File, Score
 from eval.classes import Classes
 from eval.classifier import Classifier, is_wnid, load_classifier, logits, spellings_of
+from eval.correct import packed
 from eval.datasets import Data
 from eval.features import Encoder
-from eval.metrics import classification
+from eval.metrics import classification, ranks
 
 PROTOCOL = "finetune"
 
@@ -41,8 +42,9 @@ class Finetune:
         facts = {"protocol": PROTOCOL}
         if encode.release and (part := encode.release.config.get("trainable")):
             facts["trainable"] = part
+        right = packed(ranks(found.features, found.labels) == 0)
         for metric, value in classification(found.features, found.labels).items():
-            yield Score(metric, value, len(found), facts=facts)
+            yield Score(metric, value, len(found), facts=facts, right=right if metric == "top1" else b"")
 
 
 def refuse_other_classes(classifier: Classifier, classes: Classes) -> None:

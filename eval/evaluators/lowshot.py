@@ -34,7 +34,7 @@ from eval.base import File, Score
 from eval.chosen import Choice
 from eval.correct import packed
 from eval.datasets import Data, check_classes
-from eval.features import Encoder, Features, extract
+from eval.features import Encoder, Features, allowed_broken, extract, too_many_broken
 from eval.sources.source import some
 from eval.splits import Which
 
@@ -70,12 +70,14 @@ class Lowshot:
         name = f"chosen-{self.cfg.budget}-{splits.name_of(dataset.keys)}-seed{self.seeds[0]}"
         yield File(f"lowshot/{name}.json", chosen.as_text(choices, self.cfg.budget, dataset.sha256, encode.sha256))
         from_file = {"chosen": self.choices.sha256} if self.choices else {}
+        origin = {k: self._origin(k) for k in self.cfg.k}
         for method in (m for m in METHODS if m in self.cfg.methods):
             facts, values = self._facts(method, encode), self._told(method, choices)
             for which, right in bench.scores(method, self.which, choices):
                 hashes = {"split": hashlib.sha256(files[which].text.encode()).hexdigest()} | from_file
                 value, metric = right.double().mean().item(), f"{which[0]}-shot/{method}/top1"
-                yield Score(metric, value, len(test), which[1], values, hashes, facts=facts, right=packed(right))
+                more = facts | {"splits": origin[which[0]]}
+                yield Score(metric, value, len(test), which[1], values, hashes, facts=more, right=packed(right))
 
     def _drawn(self, encode: Encoder) -> tuple[dict[Which, list[int]], Features]:
         """The splits, and features of their images alone if that saves work; `rows` are positions in the data set."""
@@ -87,7 +89,7 @@ class Lowshot:
             used = sorted(set().union(*drawn.values()))
             if everything := len(used) > ALL * len(dataset):
                 used = list(range(len(dataset)))
-            train = extract(encode, dataset if everything else self.pool.part(used))
+            train = extract(encode, dataset if everything else dataset.part(used, part_of=len(dataset)))
             rows = torch.tensor(used)[train.rows]
             lost = set(used) - set(rows.tolist()) - broken
             if lost and (asked := [p for which in self.given for p in self.given[which] if p in lost]):
@@ -98,6 +100,16 @@ class Lowshot:
             if not any(p in lost for positions in drawn.values() for p in positions):
                 return drawn, replace(train, rows=rows)
             broken |= lost
+            if len(broken) > allowed_broken(dataset):
+                raise DataError(too_many_broken(dataset, f"'{dataset.keys[min(broken)]}'"))
+
+    def _origin(self, k: int) -> str:
+        """`drawn`, as for anybody with these images and seeds; of other splits that were given, a short hash."""
+        given = {which: split for which, split in self.given.items() if which[0] == k}
+        if all(split == self.pool.draw(*which) for which, split in given.items()):
+            return "drawn"
+        keys = [[self.pool.dataset.keys[position] for position in given[which]] for which in sorted(given)]
+        return hashlib.sha256(repr(keys).encode()).hexdigest()[:8]
 
     def _told(self, method: str, choices: Mapping[str, Choice]) -> dict[str, Any]:
         """What was chosen for a method; an adapter of the fast budget depends on l2 of the linear classifier too."""

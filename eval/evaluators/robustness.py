@@ -41,7 +41,7 @@ from eval.robust.corruption_error import CorruptionErrors, corruption_errors
 from eval.robust.detection import anomaly, average_precision
 from eval.robust.head_classes import head_outputs, imagenet
 from eval.robust.mappings import alexnet_errors
-from eval.robust.parts import grouped, part
+from eval.robust.parts import grouped
 from eval.robust.questions import Question, question
 from eval.robust.top1 import chance, predictions, right
 from eval.robust.views import FILLS, bordered, occluded
@@ -94,16 +94,20 @@ class Asked:
         predicted, rows = answers(self.encode, self.classifier, self.dataset, rule)
         return right(predicted, (self.question.accepted if accepted is None else accepted)[rows]), rows
 
-    def score(self, metric: str, value: float, n: int, **facts: Any) -> Score:
-        return Score(metric, value, n, dataset=self.reference, facts=self.facts | facts)
+    def score(self, metric: str, value: float, n: int, unread: int = 0, **facts: Any) -> Score:
+        """Where pictures could not be read, it is on a part of the set."""
+        facts = self.facts | facts
+        if unread:
+            facts |= {"complete": False, "published": {"data": facts["published"]["data"] | {"whole": False}}}
+        return Score(metric, value, n, dataset=self.reference, facts=facts)
 
     def top1(self, metric: str, asked: Tensor | None, **facts: Any) -> Score:
         hits, rows = self.right(asked)
         size = self.question.outputs if asked is None else len(asked)
         by_chance = chance(self.question.accepted[rows], size)
-        found = self.score(
-            metric, hits.double().mean().item(), len(hits), chance=by_chance, asked_outputs=size, **facts
-        )
+        facts |= {"chance": by_chance, "asked_outputs": size}
+        unread = len(self.dataset) - len(hits)
+        found = self.score(metric, hits.double().mean().item(), len(hits), unread, **facts)
         return found._replace(right=packed(hits))
 
 
@@ -201,7 +205,9 @@ class Robustness:
         complete = self.sets.whole[one.reference] and self.sets.whole[KNOWN]
         known_as = one.facts["published"]["data"] | {"whole": complete}
         value = average_precision(torch.cat([strangers, friends]), positive)
-        yield one.score("aupr", value, len(positive), published={"data": known_as}, complete=complete, **facts)
+        unread = len(one.dataset) - len(strangers) + len(known) - len(every)
+        facts |= {"published": {"data": known_as}, "complete": complete}
+        yield one.score("aupr", value, len(positive), unread, **facts)
 
     def _validation_labels(self, one: Asked) -> list[int]:
         """The set's classes as class numbers of the validation set."""
@@ -217,34 +223,37 @@ class Robustness:
             one, facts = seen(one, view), facts | {"preprocess": view.to_json()}
         errors: dict[str, dict[int, float]] = {}
         counts: Counter[str] = Counter()
+        unread: Counter[str] = Counter()
         for name, rows in grouped(one.dataset, 2).items():
             corruption, severity = name.split("/")
             hits, _ = section(one, rows, name.replace("/", "-")).right(None)
             errors.setdefault(corruption, {})[int(severity)] = error = 1 - hits.double().mean().item()
             counts[corruption] += len(hits)
-            yield one.score(f"corruption/{name}", error, len(hits), **facts)
+            unread[corruption] += len(rows) - len(hits)
+            yield one.score(f"corruption/{name}", error, len(hits), len(rows) - len(hits), **facts)
         found = corruption_errors(errors, alexnet_errors() if is_published else {})
-        yield from self._means(one, found, counts, facts)
+        yield from self._means(one, found, counts, unread, facts)
 
     def _means(
-        self, one: Asked, found: CorruptionErrors, counts: Counter[str], facts: dict[str, Any]
+        self, one: Asked, found: CorruptionErrors, counts: Counter[str], unread: Counter[str], facts: dict[str, Any]
     ) -> Iterator[Score]:
         is_published = self.names[one.reference] == "imagenet-c"
         for name, value in found.mean.items():
-            yield one.score(f"corruption/{name}", value, counts[name], **facts)
+            yield one.score(f"corruption/{name}", value, counts[name], unread[name], **facts)
         for name, value in found.normalised.items():
-            yield one.score(f"ce/{name}", value, counts[name], **facts)
-        n = sum(counts[name] for name in (alexnet_errors() if is_published else counts))
+            yield one.score(f"ce/{name}", value, counts[name], unread[name], **facts)
+        names = alexnet_errors() if is_published else counts
+        n, lost = sum(counts[name] for name in names), sum(unread[name] for name in names)
         if not is_published:
-            yield one.score("mean-error", fmean(found.mean.values()), n, **facts)
+            yield one.score("mean-error", fmean(found.mean.values()), n, lost, **facts)
         elif found.mce is None or found.mean_error is None:
             log.warning(
                 "warning: %s lacks %d of its 75 folders (%s): no mean corruption error; the others are scored",
                 one.reference, len(found.missing), some(found.missing),
             )  # fmt: skip
         else:
-            yield one.score("mean-error", found.mean_error, n, **facts)
-            yield one.score("mce", found.mce, n, **facts)
+            yield one.score("mean-error", found.mean_error, n, lost, **facts)
+            yield one.score("mce", found.mce, n, lost, **facts)
 
 
 def seen(one: Asked, view: Any) -> Asked:
@@ -254,6 +263,6 @@ def seen(one: Asked, view: Any) -> Asked:
 
 def section(one: Asked, rows: list[int], name: str) -> Asked:
     """A part of the pictures."""
-    dataset = part(one.dataset, rows, f"{one.dataset.name}-{name}")
+    dataset = one.dataset.part(rows, name=f"{one.dataset.name}-{name}", left_out={})
     asks = dataclasses.replace(one.question, accepted=one.question.accepted[rows])
     return dataclasses.replace(one, dataset=dataset, question=asks)

@@ -1,4 +1,4 @@
-"""How many directions the features of each layer use: their singular values, layer by layer (LC-MAE §5.3).
+"""Evaluator spectrum: how many directions features use: their singular values, layer by layer (LC-MAE §5.3).
 
     python -m eval spectrum --run runs/demo/mae --data demo/emoji/eval-emojione.parquet
 

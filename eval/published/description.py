@@ -4,7 +4,7 @@ name, title, classes, num_classes    classes: a bundled class set (eval/prompts)
                                      null: its files say so
 url, licence, paper, note            where it is published and under which terms
 evaluate, train                      the splits that the field evaluates and trains on
-splits     {NAME: {images, classes, layout, options}}    as published; `images` is left out where it is not known
+splits     {NAME: {images, classes, layout, options}}    as published; `at_least` for `images` where only that is known
 any_split  {layout, options}: a form rather than a set; its splits are names of files (COCO's annotations)
 archives   [{name, bytes, md5 or sha256, splits, into, nested, unpack}]
 lists      {FILE: {md5 or sha256, bytes}}                files in the set whose hashes are known
@@ -45,6 +45,7 @@ class Split:
     name: str
     layout: str
     images: int | None = None
+    at_least: int | None = None  # pictures, where sources disagree about how many there are
     classes: int | None = None  # with pictures in it, where that is not all of the set's
     options: Mapping[str, Any] = field(default_factory=dict)  # of the layout
 

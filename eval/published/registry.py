@@ -90,7 +90,8 @@ def reference(path: Path | str, training: bool = False) -> Reference | None:
         raise UsageError(
             f"{text}: {published.title} has no {kind} split of its own; name one of {', '.join(published.splits)}"
         )
-    return Reference(published, published.split(split).name, Path(folder))
+    # a shell leaves the ~ of NAME=~/data alone
+    return Reference(published, published.split(split).name, Path(folder).expanduser())
 
 
 def classes_of(published: Published) -> Classes | None:
@@ -193,6 +194,8 @@ def _found(
         problems.append(f"{len(missing):,} of {len(listing.files):,} listed pictures are not there: {some(missing)}")
     if part.images is not None and len(listing.files) != part.images:
         problems.append(f"{len(listing.files):,} pictures, published are {part.images:,}")
+    if part.at_least is not None and len(listing.files) < part.at_least:
+        problems.append(f"{len(listing.files):,} pictures, published are at least {part.at_least:,}")
     labels = {label for row in there if (label := listing.labels[row]) is not None}
     expected = part.classes or published.num_classes
     if expected and len(labels) != expected:

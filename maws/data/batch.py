@@ -17,7 +17,11 @@ class BadSample(TypedDict):
 
 
 class Batch(TypedDict):
-    """One step's samples on one rank; each stage adds what its objective needs."""
+    """One step's samples on one rank; each stage adds what its objective needs.
+
+    Every tensor has a row for each sample and none speaks of another row: the engine cuts a batch into micro-batches
+    between any two.
+    """
 
     keys: list[str]
     image: Tensor  # B 3 H W, uint8; normalised on the device
@@ -43,7 +47,8 @@ class LabelledBatch(Batch):
 
     synset_ids: Tensor  # B M, label indices padded with -1
     ids_keep: NotRequired[Tensor]  # B K, the patches that the image tower sees; all where it is not there
-    mix_with: NotRequired[Tensor]  # B, index of the sample that is mixed in
+    image_other: NotRequired[Tensor]  # B 3 H W, uint8: the picture that is mixed in
+    synset_ids_other: NotRequired[Tensor]  # B M, its synsets
     mix_weight: NotRequired[Tensor]  # B, weight of the sample's own pixels and synsets
 
 

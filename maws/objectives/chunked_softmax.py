@@ -45,14 +45,14 @@ def each_class(ids: Tensor) -> Targets:
     return Targets(ids, present.float(), present.any(dim=1).float())
 
 
-def mix(targets: Targets, other: Tensor, weight: Tensor) -> Targets:
-    """Targets whose loss is `weight` (B) of each image's own and the rest of image `other`'s (B): both losses are
-    linear in the target, so the two terms of mixup (Zhang et al., 2018) take one pass over the classes.
+def mix(targets: Targets, others: Targets, weight: Tensor) -> Targets:
+    """Targets whose loss is `weight` (B) of each image's own and the rest of what is mixed in: both losses are linear
+    in the target, so the two terms of mixup (Zhang et al., 2018) take one pass over the classes.
     """
-    ids = torch.cat([targets.ids, targets.ids[other]], dim=1)  # B 2M; a class of both images stands there twice
+    ids = torch.cat([targets.ids, others.ids], dim=1)  # B 2M; a class of both images stands there twice
     own, rest = weight[:, None], (1 - weight)[:, None]
-    weights = torch.cat([own * targets.weights, rest * targets.weights[other]], dim=1)
-    return Targets(ids, weights, weight * targets.mass + (1 - weight) * targets.mass[other])
+    weights = torch.cat([own * targets.weights, rest * others.weights], dim=1)
+    return Targets(ids, weights, weight * targets.mass + (1 - weight) * others.mass)
 
 
 class ClassScores(nn.Linear):

@@ -65,12 +65,13 @@ class MultiLabel(nn.Module):
     def forward(self, batch: LabelledBatch) -> Losses:
         images = normalise(batch["image"], self.mean, self.std)
         ids = batch["synset_ids"]  # B M, padded with -1
-        targets = one_over_k(ids) if self.loss == "softmax" else each_class(ids)
-        weight, other = batch.get("mix_weight"), batch.get("mix_with")  # B, of the image itself; B, who is mixed in
-        if weight is not None and other is not None:
+        targets_of = one_over_k if self.loss == "softmax" else each_class
+        targets = targets_of(ids)
+        if "image_other" in batch and "synset_ids_other" in batch and "mix_weight" in batch:
+            weight = batch["mix_weight"]  # B, of the image itself
             share = weight.view(-1, 1, 1, 1)
-            images = share * images + (1 - share) * images[other]
-            targets = mix(targets, other, weight)
+            images = share * images + (1 - share) * normalise(batch["image_other"], self.mean, self.std)
+            targets = mix(targets, targets_of(batch["synset_ids_other"]), weight)
         features = self.features(images.to(self.backbone.dtype), batch.get("ids_keep"))
         loss, best = self.head(features, *targets)  # B, B
         return {

@@ -30,6 +30,7 @@ from maws.config import (
 from maws.data.batch import LabelledBatch
 from maws.data.loader import LoadImage, Sample, StepDataset, make_order
 from maws.data.masks import random_mask, visible_patches
+from maws.data.mix import neighbours
 from maws.data.order import Item, Order, Part
 from maws.handover import Handover
 from maws.models import flops
@@ -66,6 +67,10 @@ def prepare(cfg: Config, shards: ShardSet, run: Path) -> Config:
         raise ConfigError(f"prior_bias=true is the prior of a softmax; leave it out with loss={cfg.loss}")
     if not shards.vocabulary:
         raise ConfigError(f"{shards.path} has an empty vocabulary; build it with a lower --min-count")
+    if not 0 <= cfg.mixup < float("inf"):
+        raise ConfigError(
+            f"mixup={cfg.mixup} must be 0 (none) or the alpha of a Beta distribution; 0.1 is the presets'"
+        )
     patches = patch_count(cfg.model)
     if not 0 <= cfg.mask_ratio < 1 or not visible_patches(patches, cfg.mask_ratio):
         raise ConfigError(f"mask_ratio={cfg.mask_ratio} must be at least 0 and leave some of {patches} patches")
@@ -115,7 +120,10 @@ class LoadLabelled:
 
 @dataclass
 class Mix:
-    """Mix each sample with its neighbour of the same stream: the pairs do not depend on the number of ranks."""
+    """Mix each sample with its neighbour of the same stream: the pairs do not depend on the number of ranks.
+
+    The neighbour's picture and synsets go along, so that a batch can be cut into micro-batches between any two samples.
+    """
 
     alpha: float
     seed: int
@@ -123,12 +131,10 @@ class Mix:
     part: Part
 
     def __call__(self, batch: LabelledBatch, step: int) -> LabelledBatch:
-        n, per_stream = len(batch["keys"]), self.order.per_stream
-        place = np.arange(n)
-        neighbour = place - place % per_stream + (place + 1) % per_stream
+        other = neighbours(len(batch["keys"]), self.order.per_stream)
         weight = np.random.Generator(np.random.PCG64(derive(self.seed, "mixup", step))).beta(self.alpha, self.alpha)
-        batch["mix_with"] = torch.from_numpy(neighbour)
-        batch["mix_weight"] = torch.full((n,), float(weight))
+        batch["image_other"], batch["synset_ids_other"] = batch["image"][other], batch["synset_ids"][other]
+        batch["mix_weight"] = torch.full((len(other),), float(weight))
         return batch
 
 
@@ -160,7 +166,8 @@ def cost(cfg: Config) -> flops.Cost:
 def example(cfg: Config, size: int) -> dict[str, Tensor]:
     batch = {"image": meta_images(cfg.model, size), "synset_ids": meta(size, 8)}  # 8: ours; it hardly matters
     if cfg.mixup:
-        batch |= {"mix_with": meta(size), "mix_weight": meta(size, dtype=torch.float32)}
+        other = {"image_other": batch["image"].clone(), "synset_ids_other": meta(size, 8)}
+        batch |= other | {"mix_weight": meta(size, dtype=torch.float32)}
     if cfg.mask_ratio:
         batch["ids_keep"] = meta(size, visible_patches(patch_count(cfg.model), cfg.mask_ratio))
     return batch

@@ -8,12 +8,14 @@ from torch.testing import assert_close
 
 from data_pipeline.errors import UsageError
 from data_pipeline.shardset import VocabularyEntry, write_vocabulary
+from eval import correct
 from eval.base import Score
 from eval.classes import plain_classes, read_classes
 from eval.classifier import load_classifier, logits
 from eval.datasets import open_data
 from eval.evaluators.finetune import Config, Finetune, refuse_other_classes
 from eval.features import decoded, open_encoder
+from eval.results import read
 from maws.checkpoint import CheckpointError
 from maws.models.vit import VisionTransformer, build_vit
 from tests.eval.conftest import NAMES, Files, atto, write_run
@@ -66,7 +68,9 @@ def test_the_evaluator_counts_what_the_scores_say(files: Files, tmp_path, evalua
     assert scores["top1"].facts == {"protocol": "finetune", "trainable": "last 1"}
     done = evaluate("finetune", "--run", run, "--data", files.test, "--classes", files.classes)
     assert done.code == 0, done.err
-    assert "protocol" in (run / "results.jsonl").read_text()
+    kept = {result.metric: correct.read(run, result) for result in read(run / "results.jsonl")}
+    assert kept["top1"] is not None and kept["top5"] is None
+    assert kept["top1"].tolist() == (best[:, 0] == found.labels).tolist()  # what paired tests of two runs need
 
 
 def test_other_classes_are_refused(files: Files, tmp_path):

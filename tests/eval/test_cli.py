@@ -125,7 +125,7 @@ def test_wrong_usage_is_told(evaluate, run, paths, files):
     refused(evaluate("knn", "--run", run, "--data", files.test), 2, "knn learns from labelled images", "--train PATH")
     refused(evaluate("knn", "--run", run, *paths, "--templates", "default"), 2, "--templates belongs to zeroshot")
     refused(evaluate("classes", "imagenet2k"), 2, "neither a bundled class set nor a file; did you mean imagenet1k?")
-    refused(evaluate("classes", "cifar10", "--run", "x"), 2, "unrecognized arguments: --run x")
+    refused(evaluate("classes", "cifar10", "--run", "x"), 2, "--run x; see `python -m eval classes --help`")
     bare = ("knn", "--run", run, "--train", files.train, "--data", files.test)
     refused(evaluate(*bare, "--classes", "food1001"), 2, "--classes food1001: neither", "did you mean food101?")
     refused(evaluate(*bare, "--language", "fr"), 2, "--language translates class names: say which with --classes")
@@ -157,6 +157,13 @@ def test_missing_and_unfinished_runs_are_told(evaluate, paths, tmp_path):
     refused(evaluate("knn", "--run", tmp_path / "no", *paths), 1, "holds no trained model")
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
     refused(evaluate("knn", "--run", tmp_path / "begun", *paths), 1, "is a run that is not finished")
+
+
+def test_pictures_that_are_not_there_are_told_before_weights_are_read(evaluate, files, tmp_path):
+    train, run = ("--train", files.train), ("--run", tmp_path / "no run")
+    refused(evaluate("knn", *run, *train, "--data", tmp_path / "no"), 1, "--data ", "no: no such file or folder")
+    refused(evaluate("knn", *run, *train), 2, "the following arguments are required: --data")
+    refused(evaluate("knn", *run, *train, "--data", f"imagenet1k={tmp_path}"), 1, "holds no trained model")
 
 
 def test_zeroshot_of_a_run_without_text_tower_is_refused_before_any_work(evaluate, run, paths):

@@ -90,6 +90,7 @@ def test_the_only_step_of_the_untrained_arm_has_a_learning_rate_of_0(shards, tmp
         (["budget=1"], "did you mean budgets?"),
         (["draws=many"], "not a int"),
         (["shards="], "--shards"),
+        (["wsp_settings=optim.length=9 steps"], "the plan sets this"),
     ],
 )
 def test_a_comparison_that_cannot_be_meant_is_refused_with_the_way_out(changes, words):
@@ -101,6 +102,32 @@ def test_a_config_file_is_on_top_of_the_preset_and_flags_on_top_of_it(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"seeds": [4, 5], "total": "9 steps", "budgets": [0.5, 1]}))
     found = read_comparison("debug", tmp_path / "c.json", ["seeds=7"])
     assert (found.seeds, found.total, found.preset) == ((7,), "9 steps", "debug")
+    flags = {"data": ["a, b.parquet"], "seeds": [3]}
+    found = read_comparison("debug", tmp_path / "c.json", ["seeds=7"], flags)
+    assert (found.seeds, found.data) == ((3,), ("a, b.parquet",))  # commas are theirs
+    for wrong, words in (
+        ('{"seeds": 3}', "c.json: seeds: 3 is not a list of int"),
+        ('{"seed": 3}', "did you mean seeds"),
+    ):
+        (tmp_path / "c.json").write_text(wrong)
+        with pytest.raises(UsageError, match=words):
+            read_comparison("debug", tmp_path / "c.json", [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"evaluators": ("linear", "knm")}, "did you mean knn?"),
+        ({"evaluator_settings": ("knn.kk=3",)}, "did you mean"),
+        ({"evaluators": ("linear", "zeroshot")}, "more than an image tower"),
+        ({"train": ()}, "linear learns from labelled images"),
+        ({"data": ("nowhere.parquet",)}, "no evaluation data at nowhere.parquet"),
+    ],
+)
+def test_what_the_evaluation_would_refuse_is_refused_before_anything_is_trained(changes, words, shards, tmp_path):
+    with pytest.raises((UsageError, DataError), match=re.escape(words)):
+        compare.compare(asked(shards, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_budget_below_one_step_is_refused(shards, tmp_path):
@@ -168,6 +195,7 @@ def test_a_chain_goes_on_where_it_stopped_and_skips_what_is_done(tmp_path, monke
 
     monkeypatch.setattr(chain, "chain", faked)
     monkeypatch.setattr(chain, "estimate", lambda made: "")
+    monkeypatch.setattr(compare, "check_evaluation", lambda asked: None)
     monkeypatch.setattr(plan, "make_plan", lambda asked, output: replace(found, comparison=asked))
     monkeypatch.setattr(compare, "finish", lambda made, output: print("finished"))
     settings = replace(found.comparison, evaluators=("linear",))
@@ -195,11 +223,11 @@ def test_two_calls_at_once_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- collect
 
 
-def score(entry: Entry, right: np.ndarray, metric: str = "top1", weights: str = "w", draw: int = 0) -> None:
+def score(entry: Entry, right: np.ndarray, metric: str = "top1", weights: str = "w", draw: int = 0, **config) -> None:
     hashes = {"weights": weights, "data": "d", "classes": "c"}
     result = Result(
         run=entry.run, evaluator="linear", metric=metric, value=float(right.mean()), n=len(right), seed=draw,
-        config={"chance": 0.1}, hashes=hashes, lineage=["wsp"], time="",
+        config={"chance": 0.1} | config, hashes=hashes, lineage=["wsp"], time="",
     )  # fmt: skip
     folder = Path(entry.run)
     folder.mkdir(exist_ok=True)
@@ -225,6 +253,15 @@ def test_results_that_were_made_twice_or_of_older_weights_count_once(tmp_path):
     with (Path(found.entries[0].run) / "results.jsonl").open("a") as file:
         file.write('{"run": "half a li')
     assert outcome.collect(found)[0].cells == metric.cells
+
+
+def test_scores_of_other_settings_are_not_taken_for_further_draws(tmp_path):
+    found = entries(tmp_path)
+    for entry in found.entries:
+        for hits, settings in ((20, {"iterations": 5}), (30, {"iterations": 9}), (25, {"iterations": 5})):
+            score(entry, np.arange(50) < hits, linear=settings)
+    (metric,) = outcome.collect(found)
+    assert {cell.mean for cell in metric.cells} == {0.5}  # what was measured last, not the mean of two ways
 
 
 def test_several_draws_count_with_their_mean_image_by_image(tmp_path):

@@ -12,7 +12,8 @@ from data_pipeline.runners.local import LocalRunner
 from data_pipeline.shardset import ShardSet
 from data_pipeline.steps import Settings
 from eval import contamination, report, results
-from eval.datasets import open_data
+from eval.datasets import open_data, open_training
+from eval.write_shards import write
 from tests.eval.conftest import Files, corpus, write_parquet
 
 
@@ -99,6 +100,14 @@ def test_the_runs_it_started_from_are_asked_too(run, files, removed, tmp_path):
     assert "built without --exclude-eval" in found["why"]
 
 
+def test_of_a_labelled_shard_set_nothing_is_claimed_and_no_flag_is_asked_for_that_it_has_not(run, files, tmp_path):
+    classes, dataset = open_training([files.train], files.classes)
+    write(dataset, classes, tmp_path / "s")
+    write_config(run, tmp_path / "s")
+    found = contamination.look_up(run, open_data([files.test], classes=files.classes).test)
+    assert found["status"] == "not checked" and "is a labelled set" in found["why"]
+
+
 def test_what_cannot_be_known_is_said_to_be_not_checked(run, files, removed, tmp_path):
     test = open_data([files.test], classes=files.classes).test
 
@@ -120,6 +129,20 @@ def test_what_cannot_be_known_is_said_to_be_not_checked(run, files, removed, tmp
     (run / "config.json").write_text("[]")
     assert "damaged" in why()
     assert "older than the check" in contamination.sentence({})
+
+
+def test_of_several_sets_it_is_told_which_one_is_meant():
+    one = {"status": "checked", "pictures": 28, "checked": 28, "exact": 0, "near": 0, "left_in_training": 0}
+    other = one | {"pictures": 10, "checked": 10}
+    assert contamination.by_set([("data", one)]) == [contamination.sentence(one)]
+    found = {"imagenet1k:val": one, "imagenet-v2:test": other, "objectnet:test": one}
+    lines = [f"imagenet1k:val, objectnet:test: {contamination.sentence(one)}",
+             f"imagenet-v2:test: {contamination.sentence(other)}"]  # fmt: skip
+    assert contamination.by_set(found.items()) == lines
+    scores = [results.Result(run="a", evaluator="robustness", metric="top1", value=0.5, n=28, seed=0, lineage=["mae"],
+                             hashes={}, time="", contamination=known, config={"paths": {"data": [name]}})
+              for name, known in found.items()]  # fmt: skip
+    assert contamination.sentences(scores) == [f"a ({line.replace(': copies', '): copies')}." for line in lines]
 
 
 def test_the_page_shows_it_beside_the_scores(tmp_path):

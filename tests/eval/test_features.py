@@ -374,6 +374,22 @@ def test_a_tower_without_class_token_has_no_features_of_one(data):
         extract(Encoder(without, Preprocess(SIDE)), data.test, "cls")
 
 
+def test_a_tower_that_norms_the_mean_has_all_kinds_and_others_are_told_theirs():
+    tower = VisionTransformer(replace(VARIANTS["atto"], pool="mean_norm"), SIDE)
+    tower.load_state_dict(atto(3).state_dict())
+    encode, images = Encoder(tower, Preprocess(SIDE)), torch.randint(0, 256, (3, 3, SIDE, SIDE), dtype=torch.uint8)
+    plain = VisionTransformer(VARIANTS["atto"], SIDE)  # the same weights, every token normed
+    plain.load_state_dict(tower.state_dict())
+    raw, normed = tower(encode.prepare(images)), plain(encode.prepare(images)).detach()
+    expected = {"cls": normed[:, 0], "mean": normed[:, 1:].mean(1), "mean_norm": tower.norm(raw[:, 1:].mean(1))}
+    found = encode.all(images)
+    assert found.keys() == expected.keys() and encode.own("pooled") == "mean_norm"
+    for kind, given in found.items():
+        torch.testing.assert_close(given, expected[kind], msg=kind)
+    with pytest.raises(UsageError, match=r"no mean_norm features: this encoder does not take .*; use cls or mean$"):
+        Encoder(plain, Preprocess(SIDE)).own("mean_norm")
+
+
 def test_rows_move_up_in_place():
     table = torch.arange(30.0).reshape(10, 3)
     rows = torch.tensor([0, 3, 4, 9])

@@ -15,7 +15,7 @@ def slow(weights: list[float], gradients: list[list[float]], scaled: bool) -> li
     """One parameter as a list of numbers, over several steps."""
     buffer = [0.0] * len(weights)
     for lr, gradient in zip(LR, gradients, strict=True):
-        update = [g + DECAY * w for g, w in zip(gradient, weights, strict=True)]
+        update = [g + DECAY * w * scaled for g, w in zip(gradient, weights, strict=True)]
         own, step = (math.sqrt(sum(v * v for v in values)) for values in (weights, update))
         ratio = TRUST * own / step if scaled and own > 0 and step > 0 else 1.0
         buffer = [MOMENTUM * b + ratio * u for b, u in zip(buffer, update, strict=True)]

@@ -126,6 +126,11 @@ def test_one_rate_is_used_as_it_is_and_one_that_explodes_is_refused(task):
         list(wsp_probe.run(task, WspConfig(epochs=2, batch=16, lr=(1e38,)), 0.2))
 
 
+def test_a_rate_of_mae_that_explodes_is_told(task):
+    with pytest.raises(UsageError, match=r"linear.mae.lr=1e\+38 is too high"):
+        list(mae_probe.run(task, MaeConfig(epochs=4, warmup=0, batch=10, lr=1e38)))
+
+
 def test_a_rate_that_explodes_is_never_the_best(task):
     (learnt, _) = wsp_probe.run(task, WspConfig(epochs=2, batch=16, lr=(0.1, 1e38)), 0.2)
     assert learnt.chosen["lr"] == 0.1 and learnt.chosen["top1_by_lr"]["1e+38"] is None

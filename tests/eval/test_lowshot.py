@@ -157,6 +157,32 @@ def test_the_next_image_of_its_class_stands_in_for_one_that_cannot_be_read(data,
         assert json.loads(file.text)["keys"] == [dataset.keys[p] for p in pool.draw(2, 0, lost)]
 
 
+def test_a_share_of_all_training_images_may_be_broken_whatever_the_number_drawn(data, encode, monkeypatch):
+    monkeypatch.setattr(features, "MAX_BAD", 1 / 42)
+    dataset, cfg = data.train, replace(SMALL, k=(1,), seeds=1, methods=("ridge",))
+    (first, second), pool = splits.Pool(dataset).draw(1, 0)[:2], splits.Pool(dataset)
+    one = replace(dataset, read=lambda p: b"?" if p == first else dataset.read(p), sha256="one")
+    (file,) = files_of(Lowshot(cfg, replace(data, train=one), 0).run(encode), "splits/")
+    assert json.loads(file.text)["keys"] == [dataset.keys[p] for p in pool.draw(1, 0, {first})]
+    lost = {first, *pool.draw(1, 0, {first, second})[:1]}  # one at a time: the second stands in for the first
+    two = replace(dataset, read=lambda p: b"?" if p in lost else dataset.read(p), sha256="two")
+    with pytest.raises(DataError, match="of the 42 pictures of the training data cannot be read"):
+        list(Lowshot(cfg, replace(data, train=two), 0).run(encode))
+
+
+def test_adapters_take_as_many_pictures_at_a_time_as_asked(data, monkeypatch):
+    sizes, forward = set(), bench.right
+
+    def seen(models, queries):
+        sizes.update(len(images) for images, _ in queries.batches())
+        return forward(models, queries)
+
+    monkeypatch.setattr(bench, "right", seen)
+    cfg = replace(SMALL, k=(1,), seeds=1, methods=("vpt",), choose_on=2)
+    list(Lowshot(cfg, data, 0).run(Encoder(atto(), Preprocess(SIDE), batch=5)))
+    assert sizes == {5, 28 % 5}
+
+
 def test_given_splits_with_a_picture_that_cannot_be_read_are_refused(data, encode, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "MAX_BAD", 1.0)
     dataset = data.train
@@ -277,6 +303,8 @@ def test_given_splits_are_what_is_learnt_from(items, data, encode, tmp_path):
     again = list(Lowshot(cfg, data, 13).run(encode))
     values = [score.value for score in scores_of(items) if "linear" in score.metric]
     assert [score.value for score in scores_of(again)] == values
+    assert {score.facts["splits"] for score in scores_of(items)} == {"drawn"}
+    assert all(len(score.facts["splits"]) == 8 for score in scores_of(again))  # not those that seed 13 would draw
     assert {json.loads(file.text)["seed"] for file in files_of(again, "splits/")} == {13, 14}
     with pytest.raises(UsageError, match="has no 1-shot split of seed 3; there are: 1-shot seed 13"):
         Lowshot(cfg, data, 3)
@@ -317,7 +345,8 @@ def test_the_papers_budget_runs_and_says_how_pictures_were_shown(data, encode):
     cfg = replace(SMALL, budget="paper", k=(5,), seeds=1, methods=("vpt", "adaptformer"))
     items = list(Lowshot(cfg, data, 0).run(encode))
     vpt, adaptformer = scores_of(items)
-    assert vpt.facts == {"protocol": "lowshot/vpt-deep", "augmentation": "resize 37, random crop 32, flip"}
+    shown = {"augmentation": "resize 37, random crop 32, flip", "splits": "drawn"}
+    assert vpt.facts == {"protocol": "lowshot/vpt-deep"} | shown
     assert adaptformer.facts["protocol"] == "lowshot/adaptformer" and "linear.l2" not in vpt.chosen
     assert vpt.chosen["vpt.lr"] in (1.0, 0.1) and "held out" in vpt.chosen["vpt.chosen_on"]
 

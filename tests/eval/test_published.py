@@ -100,6 +100,15 @@ def test_a_wrong_count_of_pictures_or_classes_is_no_whole_split(tmp_path):
         assert registry.verify(published, split, tmp_path).problems == (problem,)
 
 
+def test_where_only_a_least_number_is_known_fewer_are_no_whole_split(tmp_path):
+    pets(tmp_path)
+    for least, problems in ((3, ()), (4, ("3 pictures, published are at least 4",))):
+        published, split = shrunk("oxford_pets", 3, 3)
+        part = dataclasses.replace(published.splits[split], images=None, at_least=least)
+        published = dataclasses.replace(published, splits={split: part})
+        assert registry.verify(published, split, tmp_path).problems == problems
+
+
 def test_an_empty_class_is_a_problem(tmp_path):
     put(tmp_path, "2750/SeaLake/SeaLake_1.jpg")
     (tmp_path / "2750" / "Forest").mkdir()
@@ -188,6 +197,8 @@ def test_a_reference_chooses_the_split_that_the_field_uses(tmp_path):
     assert str(registry.reference("flowers102=/x", training=True)) == "flowers102:trainval=/x"
     assert str(registry.reference(Path("Oxford-Pets:trainval=a/b=c"))) == "oxford_pets:trainval=a/b=c"
     assert registry.reference("some/folder=with/x.parquet") is None
+    home = registry.reference("food101=~/food")  # which a shell leaves as it is
+    assert home is not None and home.folder == Path.home() / "food"
     (tmp_path / "food101=x").mkdir()
     assert registry.reference(tmp_path / "food101=x") is None
 

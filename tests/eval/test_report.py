@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -158,6 +159,16 @@ def test_the_table_for_the_terminal_is_aligned():
 # ------------------------------------------------------------------------------------------------------------- verdict
 
 
+def test_a_mean_of_several_errors_stands_without_an_interval(tmp_path):
+    """It is no share of pictures, and one value has no other interval: it does not stand there as ±0.0 either."""
+    mce = result("a", 0.338, "robustness", "mce")
+    line = next(line for line in report_scores.as_text(score_table([mce])).splitlines() if "mce" in line)
+    assert line.split()[:3] == ["robustness", "mce", "33.8"] and "±" not in line
+    (tmp_path / "results.jsonl").write_text(json.dumps(asdict(mce)) + "\n")
+    cell = re.search(r"<td[^>]*>33\.8.*?</td>", report.render(tmp_path))
+    assert cell and "±" not in cell[0] and "interval" not in cell[0]
+
+
 def compared(*pairs: tuple[float, float]) -> str:
     who = {f"a{s}": (("mae", "wsp"), s) for s in range(len(pairs))} | {
         f"b{s}": (("wsp",), s) for s in range(len(pairs))
@@ -214,6 +225,7 @@ def test_the_page_loads_nothing_and_runs_nothing(page):
     assert "url(" not in page and "@import" not in page
     assert "default-src 'none'" in page
     assert not re.search(r"\son\w+=", page)
+    assert page.count("<style>") == 1 and page.index("</style>") < page.index("</head>")
 
 
 def test_what_users_wrote_is_escaped(page):

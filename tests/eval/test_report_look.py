@@ -28,6 +28,12 @@ def png(side: int = 16) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def cut_off(text: str) -> str:
+    """The header is whole, the pixels are not."""
+    whole = base64.b64decode(text.removeprefix("data:image/png;base64,"))
+    return f"data:image/png;base64,{base64.b64encode(whole[:-30]).decode()}"
+
+
 def about(name, lineage, **more):
     weights = hashlib.sha256(name.encode()).hexdigest()
     return {"lineage": list(lineage), "weights": weights, "data": DATA, "images": 90, "image_size": 48} | more
@@ -140,6 +146,7 @@ def test_what_cannot_be_compared_has_parts_of_its_own(tmp_path, drawn):
         ("attention", looking("mae", MAE, class_share=[[0.5]])),
         ("attention", looking("mae", MAE, maps=[{"key": "a", "picture": "http://x/y.png", "queries": [{}]}])),
         ("attention", looking("mae", MAE, maps=[{"key": "a", "picture": png()[:60], "queries": [{"row": 9}]}])),
+        ("attention", looking("mae", MAE, maps=[looking("mae", MAE)["maps"][0] | {"picture": cut_off(png(64))}])),
     ],
 )
 def test_a_file_that_cannot_be_used_costs_a_note_and_not_the_page(tmp_path, kind, content):

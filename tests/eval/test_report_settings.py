@@ -30,6 +30,37 @@ def test_a_longer_schedule_is_another_row():
     ]  # fmt: skip
 
 
+def test_settings_of_another_way_keep_no_scores_apart():
+    def both(**ways):
+        return {"lowshot": {"budget": "fast", "linear": {"l2": [0.1]}} | ways}
+
+    fast, long = both(vpt={"steps": 8}), both(vpt={"steps": 9}, budget="paper")
+    linear = "5-shot/linear/top1"
+    assert len(rows(scored("a", 0.4, metric=linear, **fast), scored("b", 0.5, metric=linear, **long))) == 1
+    assert len(rows(scored("a", 0.4, **fast), scored("b", 0.5, **long))) == 2
+    assert len(rows(scored("a", 0.4, **fast), scored("b", 0.5, **both(vpt={"steps": 8}, linear={"l2": [1]})))) == 2
+    short = {"linear": {"l2": [0.1], "mae": {"epochs": 9}}}
+    for metric, number in (("top1", 1), ("mae/top1", 2)):
+        given = [scored("a", 0.4, "linear", metric, **short), scored("b", 0.5, "linear", metric, linear={"l2": [0.1]})]
+        assert len(rows(*given)) == number
+
+
+def test_splits_are_told_apart_by_what_they_hold_and_not_by_where_they_lie():
+    drawn, given = {"lowshot": {"splits": None}}, {"lowshot": {"splits": "runs/a/splits", "chosen": "runs/a/c.json"}}
+    assert rows(scored("a", 0.4, **drawn), scored("b", 0.5, **given, splits="drawn")) == [("", ["MAE→WSP", "WSP"])]
+    others = rows(scored("a", 0.4, **drawn), scored("b", 0.5, **given, splits="12ab"))
+    assert [on for on, _ in others] == ["splits=12ab", "splits=drawn"]
+
+
+def test_what_an_older_version_did_not_say_is_counted_and_long_lists_are_cut():
+    older = {"linear": {"l2": [0.1, 1.0, 10.0], "held_out": 0.2}}
+    newer = {"linear": {"l2": [0.01, 0.1, 1.0, 10.0, 100.0], "held_out": [0.2], "tolerance": 1e-4, "search_images": 9}}
+    both = [scored("a", 0.4, "linear", "top1", **older), scored("b", 0.5, "linear", "top1", **newer)]
+    assert [on for on, _ in rows(*both)] == ["l2=0.01…100.0", "l2=0.1,1.0,10.0, 2 not said"]
+    many = [scored(run, 0.4, "linear", "top1", linear=dict.fromkeys("abcdef", n)) for n, run in enumerate("ab")]
+    assert [on for on, _ in rows(*many)] == [f"a={n}, b={n}, c={n}, d={n}, 2 more" for n in (0, 1)]
+
+
 def test_precision_size_and_training_data_are_settings():
     plain = scored("a", 0.4, precision="fp32")
     assert rows(plain, scored("b", 0.4, precision="bf16")) == [("bf16", ["MAE→WSP"]), ("fp32", ["WSP"])]

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.shardset import VocabularyEntry, write_vocabulary
+from eval import features
 from eval.evaluators.robustness import Config
 from eval.published import registry
 from eval.robust.corruption_error import SEVERITIES
@@ -334,6 +335,23 @@ def test_pictures_of_ones_own_in_the_layout_of_imagenet_c_are_scored_by_the_name
     rain = fmean((means["corruption/rain/1"], means["corruption/rain/10"]))
     means |= {"corruption/rain": rain, "corruption/dust": means["corruption/dust/3"]}
     assert found == pytest.approx(means | {"mean-error": fmean((rain, means["corruption/dust/3"]))})
+
+
+def test_a_set_of_which_a_picture_cannot_be_read_is_not_whole(named_run, evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "MAX_BAD", 0.5)
+    run, _ = named_run
+    for kind in ("rain/1", "dust/1"):
+        for i in range(3):
+            put(tmp_path / "own" / kind / NAMES[i] / f"{i}.png", pixels(i))
+    (tmp_path / "own" / "rain" / "1" / NAMES[0] / "0.png").write_bytes(b"no picture")
+    outcome = evaluate("robustness", "--run", run, "--data", f"corrupted={tmp_path}/own")
+    assert outcome.code == 0, outcome.err
+    found = {line["metric"]: line for line in lines(run / "results.jsonl")}
+    whole = {metric: line["config"]["published"]["data"]["whole"] for metric, line in found.items()}
+    assert whole == {"corruption/rain/1": False, "corruption/rain": False, "mean-error": False,
+                     "corruption/dust/1": True, "corruption/dust": True}  # fmt: skip
+    assert {metric: line["config"]["complete"] for metric, line in found.items()} == whole
+    assert (found["corruption/rain"]["n"], found["mean-error"]["n"]) == (2, 5)
 
 
 def test_the_centre_of_any_labelled_pictures_can_be_painted_over(named_run, evaluate, files):

@@ -64,10 +64,10 @@ def test_the_next_image_of_its_class_stands_in_for_a_broken_one():
 
 
 def test_a_part_is_a_data_set_of_its_own():
-    part = POOL.part([3, 10, 11])
+    part = TRAIN.part([3, 10, 11])
     assert part.keys == ("k003", "k010", "k011") and part.labels.tolist() == [0, 1, 2]
     assert [part.read(row) for row in range(3)] == [b"k003", b"k010", b"k011"]
-    assert len({TRAIN.sha256, part.sha256, POOL.part([3, 10, 12]).sha256}) == 3
+    assert len({TRAIN.sha256, part.sha256, TRAIN.part([3, 10, 12]).sha256}) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------- given

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.errors import UsageError
+from data_pipeline.errors import DataError, UsageError, UserError
 from eval import transfer, transfer_linear
 from eval.__main__ import Parser
 from eval.results import read
@@ -41,6 +41,8 @@ def test_a_share_of_every_class_is_held_out_and_a_class_never_empties():
     held = hold_out(labels, Grid(held_out=0.25))
     assert [int(held[labels == c].sum()) for c in range(5)] == [0, 1, 2, 10, 1]
     np.testing.assert_array_equal(held, hold_out(labels, Grid(held_out=0.25)))
+    with pytest.raises(DataError, match="nothing can be held out"):
+        hold_out(np.arange(5), Grid())
     few = hold_out(labels, Grid(held_out=0.25, most_held_out=4))
     assert few.sum() < held.sum()
 
@@ -120,7 +122,7 @@ def test_points_of_other_weights_are_not_taken_over(arguments, tmp_path):
     [
         ({"--data": ["a.parquet"]}, "names 2 sets and --data 1"),
         ({"--train": ["pets=/x", "cars=/y"], "--data": ["cars=/y", "pets=/x"]}, "give them in order"),
-        ({"--data": ["x/a.parquet", "y/a.parquet"]}, "names of their own"),
+        ({"--data": ["x/a.parquet", "x/a.parquet"]}, "names of their own"),
         ({"--set": ["lrs=1"]}, "did you mean lr?"),
         ({"--set": ["lr=0"]}, "one lr above 0"),
         ({"--set": ["epochs=many"]}, "not a float"),
@@ -130,6 +132,31 @@ def test_a_call_that_cannot_be_meant_is_refused_with_the_way_out(changes, words)
     given = {"--init-from": ["run"], "--output": ["out"], "--train": ["t/a", "t/b"], "--data": ["e/a", "e/b"]} | changes
     with pytest.raises(UsageError, match=words.replace("?", r"\?")):
         transfer.main([part for flag, values in given.items() for part in (flag, *values)], Parser)
+
+
+def test_sets_in_folders_of_one_name_have_the_name_of_the_folder_above_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def names(*data: str) -> list[str]:
+        given = ["--init-from", "run", "--output", "out", "--train", *data, "--data", *data]
+        return [pair.name for pair in transfer.pairs_of(transfer.parser(Parser).parse_args(given))]
+
+    assert names("cub/test", "cars/test") == ["cub_test", "cars_test"]
+    assert names("inat2018:val=/d", "x/pets.parquet") == ["inat2018", "pets"]
+    assert names(".") == [tmp_path.name]  # never the output folder itself, or the one above
+
+
+def test_what_finetuning_would_refuse_is_refused_before_a_picture_is_copied(arguments, tmp_path):
+    arguments[arguments.index("linear")] = "finetune"
+    for more, words in (
+        (["--preset", "vit_b17"], "did you mean"), (["--train-set", "optim.lr=1"], "the grid sets this itself"),
+        (["--train-set", "smothing=1"], "did you mean smoothing"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=words):
+            transfer.main([*arguments, *more], Parser)
+    with pytest.raises(UserError, match="holds no trained model"):
+        transfer.main([arguments[0], str(tmp_path / "nothing"), *arguments[2:]], Parser)
+    assert not list((tmp_path / "out").glob("*/"))
 
 
 def test_every_point_of_finetuning_is_one_training_and_two_evaluations(tmp_path):
@@ -145,6 +172,7 @@ def test_every_point_of_finetuning_is_one_training_and_two_evaluations(tmp_path)
     assert len(steps) == 3 * 8 and len(trainings) == len(set(trainings)) == 8
     assert "--stage finetune --preset debug --init-from runs/x --run o/inat2018/lr0.00025_wd0.1_s0" in trainings[5]
     assert "optim.lr=0.00025 optim.weight_decay=0.1 optim.length=100 epochs" in trainings[5]
+    assert "runs/x/release/model*.safetensors" in steps[0].inputs  # of another backbone nothing is skipped
     held, evaluation = (" ".join(step.command) for step in steps[1:3])
     assert "--data o/inat2018/held_out.parquet --classes o/inat2018/classes.json" in held
     assert "--data inat2018=/d" in evaluation and "--classes" not in evaluation
@@ -159,6 +187,8 @@ def test_a_real_grid_by_finetuning(arguments, tmp_path, capsys):
     assert transfer.main(arguments, Parser) == 0
     lines = {line.metric: line for line in read(tmp_path / "out" / "results.jsonl")}
     assert set(lines) == {"finetune/top1", "finetune/best_of_grid/top1", "finetune/grid_mean/top1"}
+    facts = lines["finetune/top1"].config
+    assert (facts["transfer"]["preset"], facts["precision"], facts["preprocess"]["image_size"]) == ("debug", "fp32", 32)
     capsys.readouterr()
     assert transfer.main(arguments, Parser) == 0
     assert capsys.readouterr().out.count("skipped") == 2 * 3 + 2

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -9,9 +12,11 @@ from PIL import Image
 from data_pipeline.errors import DataError
 from data_pipeline.shardset import ShardSet, safe_key
 from eval.__main__ import Parser
+from eval.classes import read_classes
 from eval.datasets import open_data, open_training
 from eval.write_shards import parser, write
 from tests.eval.conftest import NAMES, corpus, picture, write_classes, write_parquet
+from tests.eval.published import put
 
 
 @pytest.fixture
@@ -53,6 +58,19 @@ def test_every_picture_is_in_it_once_with_one_label_and_its_own_bytes(evaluate, 
     ]
     assert shards.manifest["kind"] == "classes"
     assert shards.manifest["class_set"]["source"] == str(files.classes)
+
+
+def test_it_is_training_data_for_the_published_set_it_was_made_of(tmp_path):
+    """The set's folders are called otherwise than its classes, which are what a shard set tells of."""
+    folders = [own[0] for own in read_classes("eurosat").folders]
+    put(tmp_path, *(f"2750/{folder}/{folder}_{n}.png" for folder in folders for n in range(2)))
+    reference = Path(f"eurosat:all={tmp_path}")
+    classes, dataset = open_training([reference])
+    write(dataset, classes, tmp_path / "s")
+    data = open_data([reference], [tmp_path / "s"])
+    assert data.classes == classes and data.train is not None
+    by_picture = {data.train.read(row): label for row, label in enumerate(data.train.labels)}
+    assert [by_picture[data.test.read(row)] for row in range(len(data.test))] == data.test.labels.tolist()
 
 
 def test_it_is_read_back_as_the_data_it_came_from(tmp_path, pictures, files):
@@ -156,6 +174,16 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path, pictures, files, monke
     monkeypatch.setattr(module, "write_vocabulary", full)
     with pytest.raises(DataError, match="No space left on device"):
         write(dataset, classes, tmp_path / "s")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.parquet"]
+
+
+def test_one_that_is_told_to_stop_leaves_nothing(evaluate, tmp_path, pictures, files, monkeypatch):
+    import eval.write_shards as module
+
+    monkeypatch.setattr(module, "write_vocabulary", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    outcome = evaluate("shards", "--data", pictures[1], "--classes", files.classes, "--output", tmp_path / "s")
+    assert (outcome.code, signal.getsignal(signal.SIGTERM)) == (128 + signal.SIGTERM, before)
     assert [file.name for file in tmp_path.iterdir()] == ["a.parquet"]
 
 

@@ -1,13 +1,17 @@
 """The objective of WSP. What its loss is over the classes is tested in test_chunked_softmax.py."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+from data_pipeline.shardset import ShardSet
 from maws import config, stages
 from maws.config import IMAGENET_MEAN, IMAGENET_STD, ConfigError
+from maws.data.order import Part
 from maws.models import init
 from maws.models.vit import build_vit, normalise
 from maws.objectives.multi_label import Head, MultiLabel
@@ -68,19 +72,48 @@ def test_images_without_a_synset_do_not_count(loss):
     assert objective({"image": images(3), "synset_ids": torch.full((3, 2), -1)})["loss"] == 0
 
 
+def mixed_with(other: list[int], batch: dict[str, torch.Tensor], weight: float) -> dict[str, torch.Tensor]:
+    """What the loader adds to mix each sample with another."""
+    parts = {f"{name}_other": batch[name][other] for name in ("image", "synset_ids")}
+    return parts | {"mix_weight": torch.full((len(other),), weight)}
+
+
 def test_mixing_images_mixes_their_targets_by_the_same_weight(multi_label):
     batch = {"image": images(3), "synset_ids": torch.tensor([[4, -1], [0, 2], [5, 1]])}
-    mixed = batch | {"mix_with": torch.tensor([1, 2, 0]), "mix_weight": torch.full((3,), 0.7)}
+    mixed = batch | mixed_with([1, 2, 0], batch, 0.7)
     x = normalise(batch["image"], IMAGENET_MEAN, IMAGENET_STD)
     dense = torch.tensor([[0, 0, 0, 0, 1, 0, 0], [0.5, 0, 0.5, 0, 0, 0, 0], [0, 0.5, 0, 0, 0, 0.5, 0]])
     logits = multi_label.logits(0.7 * x + 0.3 * x[[1, 2, 0]])
     assert_close(multi_label(mixed)["loss"], F.cross_entropy(logits, 0.7 * dense + 0.3 * dense[[1, 2, 0]]))
 
 
+def test_mixed_pairs_are_those_of_any_number_of_ranks_and_a_batch_can_be_cut_between_any_two(labelled_path):
+    settings = ["mixup=0.5", "data.streams=4", "optim.batch_size=12", f"data.shards={labelled_path}"]
+    stage, shards = stages.load("wsp"), ShardSet.open(labelled_path)
+    cfg: Any = config.override(stages.preset("wsp", "debug"), settings)
+    whole, one, two = (
+        stage.dataset(cfg, shards, labelled_path, Part(*part))[3] for part in ((0, 1), (0, 2), (1, 2))
+    )  # fmt: skip
+
+    def rows(batch: Any) -> dict[str, tuple[bytes, bytes, int, float]]:
+        parts = (batch[name] for name in ("keys", "image", "image_other", "synset_ids_other", "mix_weight"))
+        return {k: (a.numpy().tobytes(), b.numpy().tobytes(), int(s), float(w))
+                for k, a, b, s, w in zip(*parts, strict=True)}  # fmt: skip
+
+    assert rows(whole) == rows(one) | rows(two)
+    assert all(own != other for own, other, *_ in rows(whole).values())
+    objective = MultiLabel(build_vit("atto", seed=None), len(shards.vocabulary), IMAGENET_MEAN, IMAGENET_STD, "linear")
+    init.fill(objective, objective.init_rules(), seed=0)
+    torch.nn.init.normal_(objective.get_parameter("head.0.weight"))
+    tensors: Any = {k: v for k, v in whole.items() if isinstance(v, Tensor)}
+    cuts: Any = [{k: v[at : at + 2] for k, v in tensors.items()} for at in range(0, 12, 2)]  # streams have 3 samples
+    assert_close(torch.stack([objective(cut)["loss"] for cut in cuts]).mean(), objective(tensors)["loss"])
+
+
 def test_a_sigmoid_asks_for_each_synset_whether_it_is_there_and_sums_over_them():
     objective = made(loss="sigmoid")
     batch = {"image": images(3), "synset_ids": torch.tensor([[4, -1], [0, 2], [5, 1]])}
-    mixed = batch | {"mix_with": torch.tensor([1, 2, 0]), "mix_weight": torch.full((3,), 0.7)}
+    mixed = batch | mixed_with([1, 2, 0], batch, 0.7)
     x = normalise(batch["image"], IMAGENET_MEAN, IMAGENET_STD)
     present = torch.tensor([[0, 0, 0, 0, 1, 0, 0], [1, 0, 1, 0, 0, 0, 0], [0, 1, 0, 0, 0, 1, 0]]).float()
     for given, pixels, target in [

@@ -117,8 +117,6 @@ def batch(stage: str, cfg: TrainConfig, images: int) -> dict[str, Tensor]:
     for name, shape in stages.load(stage).example(cfg, images).items():
         if name.startswith("ids_"):
             out[name] = torch.rand(shape.shape).argsort(dim=1)
-        elif name == "mix_with":
-            out[name] = torch.arange(images).roll(1)
         elif shape.is_floating_point():
             out[name] = torch.full(shape.shape, 0.5)
         else:
