@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import re
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ class Store:
     broken: dict[tuple[str, str], int] = field(default_factory=dict)  # times that a request gets a 500
     spoil: set[str] = field(default_factory=set)  # objects whose next write is damaged
     parts: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    uploads: Iterator[int] = field(default_factory=itertools.count, repr=False)
     url: str = ""
 
     def below(self, prefix: str) -> dict[str, bytes]:
@@ -165,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._begin("POST"):
             return
         if "uploads" in self.query:
-            number = f"upload{len(self.store.parts)}"
+            number = f"upload{next(self.store.uploads)}"  # of its own: several are under way at once
             self.store.parts[number] = {}
             self._answer(200, _xml("InitiateMultipartUploadResult", f"<UploadId>{number}</UploadId>"))
         elif "uploadId" in self.query:
