@@ -6,7 +6,7 @@
     python -m eval finetune --run runs/finetune_b16 --data imagenet1k=/data/imagenet --classes imagenet1k
 
 Without `--init-from` it starts from random values (`scratch_…`). `probe.shards` is a labelled set that is not trained
-on: its accuracy goes to the log. No preset but `debug` has been trained to its end by this project.
+on: its accuracy goes to the log. No preset but `demo` and `debug` has been trained to its end by this project.
 """
 
 import dataclasses
