@@ -19,7 +19,6 @@ from PIL import Image
 from eval.figures import STYLE, png, svg
 
 TITLE: Final[dict[str, Any]] = {"loc": "left", "fontsize": 11, "fontweight": "bold", "color": "#23272e"}
-SOFT: Final = "#5b616b"
 WIDTH: Final = 10.4  # inches, as all figures of the page
 ACROSS: Final = 3  # panels of a row
 TILE: Final = 120  # pixels of a map's picture

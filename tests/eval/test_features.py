@@ -30,11 +30,6 @@ from tests.eval.conftest import SIDE, atto, corpus, write_parquet, write_run
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def data(files):
-    return open_data([files.test], [files.train], files.classes)
-
-
 def test_features_are_class_tokens_and_patch_means_one_by_one(run, data, monkeypatch):
     monkeypatch.setattr(features, "BATCH", 5)  # the last batch has three
     sizes, tower_of = [], Encoder.all

@@ -6,17 +6,11 @@ import math
 import pytest
 import torch
 
-from eval.datasets import open_data
 from eval.evaluators import knn, linear
 from eval.evaluators.knn import Config, Knn
 from eval.features import Encoder, extract
 from maws.data.transforms import Preprocess
 from tests.eval.conftest import SIDE, atto
-
-
-@pytest.fixture(scope="module")
-def data(files):
-    return open_data([files.test], [files.train], files.classes)
 
 
 @pytest.fixture(scope="module")

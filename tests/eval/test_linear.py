@@ -14,7 +14,6 @@ from data_pipeline.images import decode
 from eval import distributed, logistic, mae_probe, probes, ridge, wsp_probe
 from eval.augment import byol_crop, resized_crop
 from eval.base import Entry, configure
-from eval.datasets import open_data
 from eval.evaluators import linear
 from eval.evaluators.linear import Config, Linear, MaeConfig, WspConfig
 from eval.features import Encoder, extract
@@ -26,11 +25,6 @@ from tests.eval.conftest import NAMES, SIDE, atto
 S, N = len(NAMES), 42  # classes, training images
 MAE = MaeConfig(epochs=3, warmup=1, batch=10, lr=2.0)
 WSP = WspConfig(epochs=2, batch=16, lr=(0.5, 1e-5))
-
-
-@pytest.fixture(scope="module")
-def data(files):
-    return open_data([files.test], [files.train], files.classes)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from eval.adapters.settings import ADAPTERS, AdaptformerConfig, LinearConfig, Lo
 from eval.adapters.training import Fast, Paper, centre_views, crops, train_paper
 from eval.adapters.vpt import Deep, initial_prompts
 from eval.base import File, Score
-from eval.datasets import open_data
 from eval.evaluators import lowshot
 from eval.evaluators.lowshot import Config, Lowshot
 from eval.features import Encoder, extract
@@ -33,11 +32,6 @@ SMALL = Config(
     lora=LoraConfig(**QUICK),
     linear=LinearConfig(l2=(0.1, 0.01)),
 )
-
-
-@pytest.fixture(scope="module")
-def data(files):
-    return open_data([files.test], [files.train], files.classes)
 
 
 @pytest.fixture(scope="module")
